@@ -1,0 +1,1 @@
+"""Bindings of embsearch_plugin to frameworks, one per file."""

@@ -1,0 +1,70 @@
+"""Find how many rows and columns each embedding table of a TorchRec model deserves, and rewrite the model.
+
+Importing this package is light: names are loaded on first use, after a check that the stack fits together.
+"""
+
+import warnings
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from embsearch_plugin import stack
+
+if TYPE_CHECKING:
+    from embsearch_plugin.algorithms.dnis import Dnis
+    from embsearch_plugin.budget import Budget
+    from embsearch_plugin.decorator import prepare, searchable, session
+    from embsearch_plugin.errors import EmbsearchError
+    from embsearch_plugin.hookspecs import hookimpl
+    from embsearch_plugin.plan import SizePlan
+    from embsearch_plugin.saving import apply, load, save
+    from embsearch_plugin.search.session import Session
+    from embsearch_plugin.space import SearchSpace
+
+_HOMES = {
+    "Budget": "budget",
+    "Dnis": "algorithms.dnis",
+    "EmbsearchError": "errors",
+    "SearchSpace": "space",
+    "Session": "search.session",
+    "SizePlan": "plan",
+    "apply": "saving",
+    "hookimpl": "hookspecs",
+    "load": "saving",
+    "prepare": "decorator",
+    "save": "saving",
+    "searchable": "decorator",
+    "session": "decorator",
+}
+
+__all__ = [
+    "Budget",
+    "Dnis",
+    "EmbsearchError",
+    "SearchSpace",
+    "Session",
+    "SizePlan",
+    "apply",
+    "hookimpl",
+    "load",
+    "prepare",
+    "save",
+    "searchable",
+    "session",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name != "EmbsearchError":
+        stack.require()
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+if stack.check_versions():
+    warnings.warn(str(stack.describe()), RuntimeWarning, stacklevel=2)

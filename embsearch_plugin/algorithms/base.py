@@ -1,0 +1,41 @@
+"""What every algorithm's config shares, and what an algorithm is."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+
+class Algorithm(Protocol):
+    """A plugin of one session: implements ``embsearch_search_start``, ``_search_step`` and ``_derive``, perhaps more.
+
+    Its state survives in checkpoints through ``state_dict``, which holds tensors and plain values only.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what must be kept to go on later."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlgorithmConfig:
+    """Settings of an algorithm. A subclass has a ``name`` and builds the algorithm; its class is the registry's key.
+
+    Args:
+        warm_up: weight steps before the first search step. Ids are counted meanwhile (and after it: ranks are refreshed
+            whenever the number of steps has doubled), so the default serves a run of 200 steps and one of 200,000.
+        every: a search step follows every ``every``-th weight step.
+    """
+
+    name: ClassVar[str]
+    warm_up: int = 50
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.warm_up < 0 or self.every < 1:
+            raise ValueError(f"warm_up must be at least 0 and every at least 1; got {self.warm_up} and {self.every}")
+
+    def build(self) -> Algorithm:
+        """Return a new algorithm for one session."""
+        raise NotImplementedError

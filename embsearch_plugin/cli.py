@@ -1,0 +1,122 @@
+"""The command line: ``embsearch run``, ``apply``, ``report``, ``list``, ``doctor``."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from embsearch_plugin import stack
+from embsearch_plugin.errors import EmbsearchError
+
+
+class _Commands(click.Group):
+    """Shows an error of ours as its message, without a traceback."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except EmbsearchError as error:
+            click.echo(f"{type(error).__name__}: {error}", err=True)
+            sys.exit(1)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="embsearch-plugin")
+def main() -> None:
+    """Find how many rows and columns each embedding table deserves, and rewrite the model."""
+
+
+@main.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--out", type=click.Path(path_type=Path), help="Run folder. Default: a new one under runs/.")
+@click.option("--resume", is_flag=True, help="Go on with a run that was stopped; needs --out.")
+def run(recipe: Path, overrides: tuple[str, ...], out: Path | None, resume: bool) -> None:
+    """Train, search, rewrite, train on, evaluate and report, as RECIPE says.
+
+    KEY=VALUE overrides a field of the recipe, such as train.epochs=3 or data.path=ml-1m.
+    """
+    stack.require()
+    from rich.console import Console
+
+    from embsearch_plugin.progress import ProgressWatcher
+    from embsearch_plugin.recipes import load_recipe
+    from embsearch_plugin.report.text import results_table
+    from embsearch_plugin.run import run as run_recipe
+
+    if resume and out is None:
+        raise click.UsageError("--resume needs --out, the folder of the run to go on with.")
+    loaded = load_recipe(recipe, overrides)
+    folder = out or _new_folder(recipe.stem)
+    console = Console()
+    with ProgressWatcher(console) as watcher:
+        metrics = run_recipe(loaded, folder, resume=resume, watcher=watcher)
+    console.print(results_table(metrics))
+    console.print(f"written to {folder}: plan.json, model.safetensors, metrics.json, report.html", highlight=False)
+
+
+def _new_folder(name: str) -> Path:
+    numbered = (Path("runs") / (name if n == 1 else f"{name}-{n}") for n in range(1, sys.maxsize))
+    return next(folder for folder in numbered if not folder.exists())
+
+
+@main.command()
+@click.argument("plan", type=click.Path(path_type=Path))
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+def apply(plan: Path, recipe: Path, overrides: tuple[str, ...]) -> None:
+    """Show what PLAN makes of the model of RECIPE: its tables, and their bytes measured in the rewritten model."""
+    stack.require()
+    from embsearch_plugin.compact.collection import CompactEmbeddingBagCollection
+    from embsearch_plugin.plan import SizePlan
+    from embsearch_plugin.recipes import load_recipe
+    from embsearch_plugin.saving import apply as apply_plan
+
+    loaded, sizes = load_recipe(recipe, overrides), SizePlan.load(plan)
+    model = apply_plan(loaded.model.build(loaded.data.load().schema), sizes)
+    compact = [m for m in model.modules() if isinstance(m, CompactEmbeddingBagCollection)]
+    measured = sum(t.nbytes for m in compact for t in [*m.parameters(), *m.buffers()])
+    click.echo(str(sizes))
+    click.echo(f"measured in the rewritten model: {measured:,} bytes")
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+def report(folder: Path) -> None:
+    """Write FOLDER/report.html anew from its metrics.json and plan.json."""
+    from embsearch_plugin.report.page import write_report
+
+    click.echo(f"written: {write_report(folder)}")
+
+
+@main.command("list")
+@click.argument("what", type=click.Choice(["algorithms", "adapters", "recipes"]))
+def list_(what: str) -> None:
+    """List the algorithms, the adapters, or the recipes in the folder recipes/."""
+    if what == "recipes":
+        for path in sorted(Path("recipes").glob("*.yaml")):
+            click.echo(f"{path}\n    {_first_comment(path)}")
+        return
+    stack.require()
+    from embsearch_plugin.plugins import adapters, algorithms
+
+    if what == "adapters":
+        click.echo("\n".join(adapters()))
+        return
+    for name, config in sorted(algorithms().items()):
+        click.echo(f"{name:<16}{(sys.modules[config.__module__].__doc__ or "").partition("\n")[0]}")
+
+
+def _first_comment(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    comment = [line.lstrip("# ") for line in lines if line.startswith("#")]
+    return " ".join(comment) or "(no comment)"
+
+
+@main.command()
+def doctor() -> None:
+    """Say which torch, torchrec and fbgemm-gpu are here, whether they fit together, and what to type if not."""
+    found = stack.describe()
+    click.echo(str(found))
+    sys.exit(1 if found.problems else 0)

@@ -1,0 +1,162 @@
+"""What a data set is: its fields, its three splits, and batches in TorchRec's form."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchrec.datasets.utils import Batch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from embsearch_plugin.errors import DataError
+
+Split = Literal["train", "validation", "test"]
+
+
+@dataclass(frozen=True)
+class Field:
+    """One categorical input: the feature's name, and the rows its embedding table needs (ids are ``0 .. rows - 1``)."""
+
+    name: str
+    rows: int
+
+
+@dataclass(frozen=True)
+class Schema:
+    """The inputs of one example: an id for each of F fields, and a number for each name in ``dense``."""
+
+    fields: tuple[Field, ...]
+    dense: tuple[str, ...]
+
+
+class Batches(ABC):
+    """One split in batches, to be iterated as often as wanted; the last batch may be smaller.
+
+    With a seed the examples are shuffled, and their order depends on the seed and ``epoch`` alone. ``epoch`` grows by
+    one whenever an iteration reaches the end; a resumed run sets it, and sees the order it would have seen.
+    """
+
+    def __init__(self, seed: int | None) -> None:
+        self.epoch = 0
+        self._seed = seed
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch = self.epoch
+        yield from self._cut(None if self._seed is None else np.random.default_rng((self._seed, epoch)))
+        self.epoch = epoch + 1
+
+    @abstractmethod
+    def _cut(self, shuffle: np.random.Generator | None) -> Iterator[Batch]:
+        """Yield the batches of one epoch: shuffled by the generator, or in the data's own order."""
+
+
+class Dataset(ABC):
+    """Examples in three splits. A config (``Planted``, ``MovieLens1M``, ``Criteo``) loads one."""
+
+    schema: Schema
+
+    @abstractmethod
+    def batches(self, split: Split, batch_size: int, *, seed: int | None = None) -> Batches:
+        """Return one split in batches of ``batch_size`` examples, shuffled if a seed (0 or more) is given."""
+
+
+class Collate:
+    """Makes a TorchRec ``Batch`` out of rows that hold one id per field.
+
+    As every bag holds one id, lengths and offsets are the same for all batches: they are made once, and shared.
+    """
+
+    def __init__(self, schema: Schema, batch_size: int) -> None:
+        self._keys = [field.name for field in schema.fields]
+        self._lengths = torch.ones(batch_size * len(self._keys), dtype=torch.int64)
+        self._offsets = torch.arange(batch_size * len(self._keys) + 1)
+
+    def __call__(self, dense: Tensor, ids: Tensor, labels: Tensor) -> Batch:
+        """Take dense (B, n_dense), ids (B, F) of any integer type and labels (B,); B is at most the batch size."""
+        size, bags = len(ids), ids.numel()
+        sparse = KeyedJaggedTensor(
+            keys=self._keys,
+            values=ids.to(torch.int64).t().reshape(-1),  # bags lie field by field
+            lengths=self._lengths[:bags],
+            offsets=self._offsets[: bags + 1],
+            stride=size,
+            length_per_key=[size] * len(self._keys),  # otherwise TorchRec sums the lengths, and a GPU waits for it
+        )
+        return Batch(dense_features=dense, sparse_features=sparse, labels=labels)
+
+
+class TabularDataset(Dataset):
+    """A data set in memory.
+
+    Shapes: dense (N, n_dense) float32; ids (N, F) int32, where column f holds ids of ``schema.fields[f]``; labels (N,)
+    float32, 0 or 1; splits: for each split the positions of its examples, int64.
+    """
+
+    def __init__(
+        self, schema: Schema, dense: Tensor, ids: Tensor, labels: Tensor, splits: Mapping[Split, Tensor]
+    ) -> None:
+        self.schema = schema
+        self.dense = dense
+        self.ids = ids
+        self.labels = labels
+        self.splits = splits
+
+    def batches(self, split: Split, batch_size: int, *, seed: int | None = None) -> "TabularBatches":
+        """Return one split in batches; their ``len()`` is known."""
+        return TabularBatches(self, self.splits[split], batch_size, seed)
+
+
+class TabularBatches(Batches):
+    """Batches of a data set in memory."""
+
+    def __init__(self, data: TabularDataset, positions: Tensor, batch_size: int, seed: int | None) -> None:
+        super().__init__(seed)
+        self._data = data
+        self._positions = positions
+        self._batch_size = batch_size
+        self._collate = Collate(data.schema, batch_size)
+
+    def __len__(self) -> int:
+        return math.ceil(len(self._positions) / self._batch_size)
+
+    def _cut(self, shuffle: np.random.Generator | None) -> Iterator[Batch]:
+        data, positions = self._data, self._positions
+        if shuffle is not None:
+            positions = positions[torch.from_numpy(shuffle.permutation(len(positions)))]
+        for rows in positions.split(self._batch_size):
+            dense, ids, labels = (x.index_select(0, rows) for x in (data.dense, data.ids, data.labels))
+            yield self._collate(dense, ids, labels)
+
+
+def random_split(n: int, fractions: tuple[float, float, float], seed: int) -> dict[Split, Tensor]:
+    """Deal the positions ``0 .. n - 1`` at random to train, validation and test; each part is in ascending order.
+
+    Raises:
+        DataError: the fractions are negative or do not add up to one.
+    """
+    if min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
+        raise DataError(f"split must be three fractions that add up to 1, got {fractions}. Try: (0.8, 0.1, 0.1).")
+    ends = [round(n * fractions[0]), round(n * (fractions[0] + fractions[1]))]
+    train, validation, test = np.split(np.random.default_rng(seed).permutation(n), ends)
+    parts: dict[Split, np.ndarray] = {"train": train, "validation": validation, "test": test}
+    return {split: torch.from_numpy(np.sort(part)) for split, part in parts.items()}
+
+
+def require_file(path: Path, source: str) -> None:
+    """Raise a DataError unless ``path`` is a file; ``source`` says where its owner's data comes from."""
+    if not path.is_file():
+        got = "is a folder" if path.is_dir() else "does not exist"
+        raise DataError(f"{path} must be a file, but {got}. Try: download {source}.")
+
+
+def malformed(path: Path, line: int, column: str, must: str, got: object) -> DataError:
+    """Return the error about one value of a data file; ``line`` counts from 1."""
+    return DataError(
+        f"{path}, line {line}, column {column!r}: must be {must}, got {got!r}. "
+        "Try: download the file again, or mend or delete the line."
+    )

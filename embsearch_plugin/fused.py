@@ -1,0 +1,206 @@
+"""Tables on FBGEMM's table-batched embeddings (TBE), on one device, with the optimizer fused into the backward."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from fbgemm_gpu.split_embedding_configs import SparseType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
+from torch import Tensor, nn
+from torchrec.distributed.utils import optimizer_type_to_emb_opt_type
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingBagCollectionInterface
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+
+from embsearch_plugin.errors import SessionError
+from embsearch_plugin.optimizers import Slice
+from embsearch_plugin.supernet.slots import slots_of
+
+_POOLING = {PoolingType.SUM: PoolingMode.SUM, PoolingType.MEAN: PoolingMode.MEAN}
+
+
+class FusedEmbeddingBags(EmbeddingBagCollectionInterface):
+    """A plain collection whose lookups and updates run on TBE kernels, one per pooling and precision.
+
+    The collection's Parameter objects stay, as views of the kernels' memory; they get no gradient, since the kernels
+    update them in the backward.
+
+    Args:
+        plain: the collection; its parameters are moved into the kernels.
+        fused_params: TorchRec's: ``optimizer``, ``learning_rate`` and what else the kernel takes.
+    """
+
+    def __init__(self, plain: EmbeddingBagCollection, fused_params: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.fused_params = dict(fused_params)
+        self.embedding_bags = plain.embedding_bags
+        self._configs = plain.embedding_bag_configs()
+        self._weighted = plain.is_weighted()
+        self._slots = slots_of(self._configs)
+        groups: dict[tuple[PoolingType, torch.dtype], list[int]] = {}
+        for index, config in enumerate(self._configs):
+            groups.setdefault((config.pooling, self._weight(index).dtype), []).append(index)
+        # Not registered as modules: their memory is that of the parameters above, and must be listed and saved once.
+        self._groups = [_Group(self, tables) for tables in groups.values()]
+
+    def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
+        """The configs of the tables."""
+        return self._configs
+
+    def is_weighted(self) -> bool:
+        """Whether ids come with weights."""
+        return self._weighted
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tables are."""
+        return self._weight(0).device
+
+    @property
+    def kernels(self) -> list[SplitTableBatchedEmbeddingBagsCodegen]:
+        """The TBE kernels."""
+        return [group.kernel for group in self._groups]
+
+    def _weight(self, index: int) -> nn.Parameter:
+        weight = self.embedding_bags[self._configs[index].name].weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        """Look up and pool: (B, sum of dims), keyed as the plain collection."""
+        keys, dims = [slot.key for slot in self._slots], [slot.dim for slot in self._slots]
+        pooled = [group.pool(features) for group in self._groups]
+        if len(pooled) == 1:
+            return KeyedTensor(keys, dims, pooled[0])
+        columns = {
+            slot: part
+            for group, values in zip(self._groups, pooled, strict=True)
+            for slot, part in zip(group.slots, values.split([s.dim for s in group.slots], dim=1), strict=True)
+        }
+        return KeyedTensor(keys, dims, torch.cat([columns[slot] for slot in self._slots], dim=1))
+
+    def optimizer_states(self) -> dict[str, dict[str, Tensor]]:
+        """Return each table's optimizer state by name, as views of the kernels' memory."""
+        return {name: state for group in self._groups for name, state in group.states()}
+
+    def kernel_state(self) -> dict[str, Any]:
+        """Return what the kernels hold besides weights: optimizer state per table, and step counters."""
+        counters = [[k.iter.clone(), k.iter_cpu.clone()] if hasattr(k, "iter") else [] for k in self.kernels]
+        return {"optimizer": self.optimizer_states(), "counters": counters}
+
+    @torch.no_grad()
+    def load_kernel_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state``."""
+        for table, tensors in self.optimizer_states().items():
+            for name, tensor in tensors.items():
+                tensor.copy_(state["optimizer"][table][name])
+        for kernel, counters in zip(self.kernels, state["counters"], strict=True):
+            if counters:
+                kernel.iter.copy_(counters[0])
+                kernel.iter_cpu.copy_(counters[1])
+
+
+class _Group:
+    """The tables of one pooling and precision on one kernel."""
+
+    def __init__(self, bags: FusedEmbeddingBags, tables: Sequence[int]) -> None:
+        configs = bags.embedding_bag_configs()
+        self.names = [configs[index].name for index in tables]
+        self.weights = [bags.embedding_bags[name].weight for name in self.names]
+        self.slots = [slot for slot in bags._slots if slot.table in tables]
+        self.weighted = bags.is_weighted()
+        self.kernel = _kernel(
+            [configs[index] for index in tables],
+            [tables.index(slot.table) for slot in self.slots],
+            self.weights[0],
+            bags.fused_params,
+        )
+        for weight, memory in zip(self.weights, self.kernel.split_embedding_weights(), strict=True):
+            memory.copy_(weight.data)
+            weight.data = memory
+
+    def pool(self, features: KeyedJaggedTensor) -> Tensor:
+        """Return the pooled rows of this group's slots, (B, sum of their dims)."""
+        if self.weights[0].data_ptr() != self.kernel.split_embedding_weights()[0].data_ptr():
+            raise SessionError(
+                "the fused tables no longer share their kernels' memory: the model was moved, or its state was assigned, "
+                "after its first forward.\n  Possible solution: move the model before its first forward; load state with "
+                "assign=False."
+            )
+        names = [slot.feature for slot in self.slots]
+        if features.keys() != names:
+            places = features.keys()
+            features = features.permute([places.index(name) for name in names])
+        weights = features.weights() if self.weighted else None
+        pooled: Tensor = self.kernel(features.values().long(), features.offsets().long(), weights)
+        return pooled
+
+    def states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Yield each table's name and optimizer state."""
+        if not self.kernel.split_optimizer_states() or not self.kernel.split_optimizer_states()[0]:
+            return  # SGD has none
+        yield from zip(self.names, self.kernel.get_optimizer_state(), strict=True)
+
+
+def _kernel(
+    configs: Sequence[EmbeddingBagConfig], feature_tables: list[int], like: Tensor, fused_params: Mapping[str, Any]
+) -> SplitTableBatchedEmbeddingBagsCodegen:
+    location = EmbeddingLocation.DEVICE if like.is_cuda else EmbeddingLocation.HOST
+    compute = ComputeDevice.CUDA if like.is_cuda else ComputeDevice.CPU
+    return SplitTableBatchedEmbeddingBagsCodegen(
+        [(config.num_embeddings, config.embedding_dim, location, compute) for config in configs],
+        feature_table_map=feature_tables,
+        pooling_mode=_POOLING[configs[0].pooling],
+        weights_precision=SparseType.from_dtype(like.dtype),
+        output_dtype=SparseType.FP32,
+        device=like.device,
+        **fused_params,
+    )
+
+
+def requested(collection: nn.Module, fused_params: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return the ``fused_params`` asked for: given, or by the marks of TorchRec's ``apply_optimizer_in_backward``."""
+    if fused_params is not None:
+        return dict(fused_params)
+    marks = [p for p in collection.parameters() if getattr(p, "_optimizer_classes", None)]
+    if not marks:
+        return None
+    if len(marks) < len(list(collection.parameters())):
+        raise SessionError("apply_optimizer_in_backward must mark every table of a collection, or none.")
+    return _from_marks(marks[0])
+
+
+def _from_marks(parameter: nn.Parameter) -> dict[str, Any]:
+    (optimizer,), (options,) = parameter._optimizer_classes, parameter._optimizer_kwargs  # type: ignore[attr-defined]
+    params = {key: value for key, value in options.items() if key not in ("lr", "betas")}
+    params["optimizer"] = optimizer_type_to_emb_opt_type(optimizer)
+    if "lr" in options:
+        params["learning_rate"] = options["lr"]
+    if "betas" in options:
+        params["beta1"], params["beta2"] = options["betas"]
+    return params
+
+
+@torch.no_grad()
+def carry_state(
+    old: FusedEmbeddingBags, new: FusedEmbeddingBags, slices: Mapping[str, Sequence[tuple[str, Slice]]]
+) -> None:
+    """Copy optimizer state of old tables to the new tables that keep parts of them.
+
+    Args:
+        old: the collection before.
+        new: the collection after.
+        slices: per old table, the names of new tables with what each keeps.
+    """
+    states, targets = old.optimizer_states(), new.optimizer_states()
+    for table, parts in slices.items():
+        for name, part in parts:
+            for key, target in targets.get(name, {}).items():
+                moments = part.moments(key, states[table][key])
+                if moments is not None:
+                    target.copy_(moments.view(target.shape))
+    for kernel in new.kernels:
+        if hasattr(kernel, "iter"):
+            kernel.iter.copy_(old.kernels[0].iter)
+            kernel.iter_cpu.copy_(old.kernels[0].iter_cpu)

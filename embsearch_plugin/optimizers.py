@@ -1,0 +1,106 @@
+"""What a search asks of the user's optimizer: that its step hook fires, and that its state can follow the weights."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from embsearch_plugin.errors import AttachError
+
+log = logging.getLogger(__name__)
+
+# State that is linear in the gradient, and state that is quadratic: a gate g folded into the weights divides the gradient
+# by g, so the former is divided by g and the latter by g squared.
+FIRST_MOMENTS = frozenset({"exp_avg", "momentum_buffer"})
+SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"})
+
+
+def check_hook_fires(optimizer: Any) -> None:
+    """Make sure that a hook on ``optimizer.step`` will be called.
+
+    Raises:
+        AttachError: where it will not, as with TorchRec's KeyedOptimizerWrapper, whose step is not torch's.
+    """
+    if isinstance(optimizer, Optimizer) and getattr(type(optimizer).step, "hooked", False):
+        return
+    inner = getattr(optimizer, "_optimizer", None)
+    if isinstance(inner, Optimizer):
+        hint = f"attach the {type(inner).__name__} inside: attach({type(optimizer).__name__.lower()}._optimizer, ...)"
+    else:
+        hint = "attach the torch.optim optimizers it is made of: attach([...], ...)"
+    raise AttachError(
+        f"a search step follows optimizer.step() through torch's step hook, and {type(optimizer).__name__}.step does not "
+        f"call it.\n  Possible solutions: 1) {hint}  2) call session.step(batch) in your loop."
+    )
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What a new parameter keeps of an old one.
+
+    Args:
+        new: the new parameter.
+        rows: int64 (rows,), the old rows it keeps; ``None`` for all of them.
+        columns: int64 (width,), the old columns; ``None`` for all of them.
+        mask: bool (V, D), the single weights it keeps, flattened; then rows and columns are ``None``.
+        gates: float32, of the new parameter's shape: what was folded into the weights; ``None`` for one.
+    """
+
+    new: nn.Parameter
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+    mask: Tensor | None = None
+    gates: Tensor | None = None
+
+    def of(self, old: Tensor) -> Tensor:
+        """Return the kept part of a tensor (V, D), or of one with a value per row, (V,) or (V, 1)."""
+        if self.mask is not None:
+            per_weight = old if old.shape == self.mask.shape else old.reshape(-1, 1).expand(self.mask.shape)
+            return per_weight[self.mask.to(old.device)]
+        kept = old if self.rows is None else old.index_select(0, self.rows.to(old.device))
+        if self.columns is None or old.dim() < 2 or old.shape[1] == 1:
+            return kept.clone()
+        return kept.index_select(1, self.columns.to(old.device))
+
+    def moments(self, name: str, old: Tensor) -> Tensor | None:
+        """Return the kept part of optimizer state, rescaled for the folded gates; ``None`` where that is not known."""
+        kept = self.of(old)
+        if self.gates is None:
+            return kept
+        if name not in FIRST_MOMENTS | SECOND_MOMENTS:
+            return None
+        gates = self.gates.to(old.device)
+        scale = torch.where(gates > 0, gates.reciprocal(), 0.0) ** (1 if name in FIRST_MOMENTS else 2)
+        if kept.shape != gates.shape:  # row-wise: one moment per row, the mean over its columns
+            scale = scale.mean(dim=1).view(kept.shape)
+        return (kept * scale).to(kept.dtype)
+
+
+def replace_parameter(optimizer: Optimizer, old: nn.Parameter, slices: Sequence[Slice]) -> None:
+    """Put new parameters in the place of ``old``, with their part of its state."""
+    for group in optimizer.param_groups:
+        index = next((i for i, p in enumerate(group["params"]) if p is old), None)
+        if index is not None:
+            group["params"][index : index + 1] = [part.new for part in slices]
+    state = optimizer.state.pop(old, None)
+    for part in slices if state else ():
+        optimizer.state[part.new] = carried_state(state, old.shape, part)
+
+
+def carried_state(state: dict[str, Any], shape: torch.Size, part: Slice) -> dict[str, Any]:
+    """Return the state of a new parameter; empty, so that the optimizer starts anew, where it cannot be carried over."""
+    carried: dict[str, Any] = {}
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.numel() <= 1 and value.dim() == 0:
+            carried[name] = value.clone() if isinstance(value, Tensor) else value
+            continue
+        moments = part.moments(name, value) if value.shape[0] == shape[0] else None
+        if moments is None:
+            log.warning("optimizer state %r cannot follow a compacted table; it starts anew", name)
+            return {}
+        carried[name] = moments
+    return carried

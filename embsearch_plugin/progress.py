@@ -1,0 +1,53 @@
+"""What a run shows on a terminal while it works."""
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from embsearch_plugin.training import Epoch, Watcher
+
+
+class ProgressWatcher(Watcher):
+    """A bar per epoch, and a line for each epoch that ended. Where there is no terminal, only the lines."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._console = console
+        self._task: TaskID | None = None
+        self._steps: int | None = None
+
+    def __enter__(self) -> "ProgressWatcher":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def stage(self, name: str, steps: int | None) -> None:
+        """Begin a bar."""
+        self._clear()
+        self._task = self._progress.add_task(name, total=steps)
+
+    def step(self) -> None:
+        """Advance the bar."""
+        if self._task is not None:
+            self._progress.advance(self._task)
+
+    def epoch(self, name: str, row: Epoch) -> None:
+        """Print the epoch's line and start its bar anew."""
+        loss, auc, seconds = row["log_loss"], row["auc"], row["seconds"]
+        figures = f"validation log loss {loss:.4f}" + (f", AUC {auc:.4f}" if auc is not None else "")
+        self._console.print(f"{name:<10} epoch {row['epoch']:>2}  {figures}  {seconds:.1f} s", highlight=False)
+        if self._task is not None:
+            self._progress.reset(self._task)
+
+    def _clear(self) -> None:
+        if self._task is not None:
+            self._progress.remove_task(self._task)

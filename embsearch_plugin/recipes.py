@@ -1,0 +1,222 @@
+"""Recipes: a run in YAML, read as a whole, with every problem listed at once."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+import cattrs
+import yaml
+from cattrs.gen import make_dict_structure_fn
+
+from embsearch_plugin import data, models
+from embsearch_plugin.algorithms.base import AlgorithmConfig
+from embsearch_plugin.budget import Budget
+from embsearch_plugin.errors import EmbsearchError, RecipeError, did_you_mean
+from embsearch_plugin.plugins import algorithms
+from embsearch_plugin.space import SearchSpace
+
+
+@dataclass(frozen=True)
+class Fused:
+    """Train the tables by FBGEMM's fused kernels.
+
+    Args:
+        optimizer: name of one of ``fbgemm_gpu``'s EmbOptimType (``EXACT_SGD``, ``EXACT_ROWWISE_ADAGRAD``, ...).
+        learning_rate: of the tables.
+    """
+
+    optimizer: str = "EXACT_ROWWISE_ADAGRAD"
+    learning_rate: float = 0.05
+
+
+@dataclass(frozen=True)
+class Train:
+    """How models are trained, each to convergence: until the validation loss has stopped improving.
+
+    Args:
+        batch_size: examples per step.
+        epochs: at most so many passes over the training split.
+        patience: stop after so many epochs without a better validation loss; the best epoch's weights are kept.
+        lr: learning rate of Adam.
+        l2: weight of the squared looked-up embeddings (after gates), summed per example, in the loss.
+        fused: put the tables on fused kernels with an optimizer of their own.
+    """
+
+    batch_size: int = 1024
+    epochs: int = 30
+    patience: int = 2
+    lr: float = 1e-3
+    l2: float = 0.0
+    fused: Fused | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.batch_size, self.epochs) < 1 or self.patience < 0 or self.lr <= 0 or self.l2 < 0:
+            raise ValueError(
+                "batch_size and epochs must be at least 1, patience and l2 at least 0, lr above 0; got "
+                f"{self.batch_size}, {self.epochs}, {self.patience}, {self.l2}, {self.lr}"
+            )
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is searched, and how.
+
+    Args:
+        algorithm: the algorithm's name and settings.
+        budget: how large all tables may be, as text: "10%" or "2GiB".
+        space: how tables are cut.
+    """
+
+    algorithm: AlgorithmConfig
+    budget: str = "10%"
+    space: SearchSpace = field(default_factory=SearchSpace)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run: data, model, training and search."""
+
+    data: data.DataConfig
+    model: models.ModelConfig
+    search: Search
+    train: Train = field(default_factory=Train)
+    seed: int = 0
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply ``key=value`` overrides, keys with dots (``train.epochs=3``), values in YAML.
+
+    Raises:
+        RecipeError: where the file cannot be read or something in it is wrong; lists all problems.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error.strerror}. Recipes end in .yaml.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path} must hold a mapping with data, model and search; got {type(content).__name__}.")
+    for override in overrides:
+        _override(content, override)
+    return parse_recipe(content, str(path))
+
+
+def parse_recipe(content: Mapping[str, Any], source: str) -> Recipe:
+    """Turn plain data into a recipe; ``source`` is named in errors."""
+    try:
+        recipe = _converter().structure(content, Recipe)
+        Budget.of(recipe.search.budget)
+    except (cattrs.BaseValidationError, cattrs.StructureHandlerNotFoundError) as error:
+        problems = [
+            problem.replace("$", "recipe") for problem in cattrs.transform_error(error, format_exception=_message)
+        ]
+        raise RecipeError(
+            f"{len(problems)} problem{'s' * (len(problems) > 1)} in {source}: {'; '.join(problems)}."
+        ) from error
+    except EmbsearchError as error:
+        raise RecipeError(f"1 problem in {source}: {error}") from error
+    return recipe
+
+
+def to_plain(value: Any) -> Any:
+    """Return a recipe as plain data, every default written out; :func:`parse_recipe` reads it back."""
+    if is_dataclass(value):
+        name = getattr(value, "name", None)
+        named = {} if name is None else {"name": name}
+        return named | {f.name: to_plain(getattr(value, f.name)) for f in fields(value)}
+    return [to_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """Return a recipe as YAML, every default written out."""
+    return yaml.safe_dump(to_plain(recipe), sort_keys=False)
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"an override is key=value, such as train.epochs=3; got {override!r}.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"the value of the override {override!r} is not YAML: {error}") from error
+    *parents, last = key.split(".")
+    for parent in parents:
+        inner = content.setdefault(parent, {})
+        if isinstance(inner, str):  # `algorithm: dnis` is short for `algorithm: {name: dnis}`
+            inner = content[parent] = {"name": inner}
+        if not isinstance(inner, dict):
+            raise RecipeError(
+                f"the override {override!r} goes into {parent!r}, which is {inner!r} and holds no fields."
+            )
+        content = inner
+    content[last] = value
+
+
+def _converter() -> cattrs.Converter:
+    converter = cattrs.Converter(forbid_extra_keys=True)
+    for primitive in (int, float, bool, str):
+        converter.register_structure_hook(primitive, _strictly)
+    converter.register_structure_hook_func(_is_union, lambda value, union: _one_of(converter, value, union))
+    for base, known in (
+        (data.DataConfig, lambda: {c.name: c for c in data.CONFIGS}),
+        (models.ModelConfig, lambda: {c.name: c for c in models.CONFIGS}),
+        (AlgorithmConfig, algorithms),
+    ):
+        converter.register_structure_hook_func(_is(base), _by_name(converter, known))
+    return converter
+
+
+def _is(wanted: object) -> Callable[[object], bool]:
+    return lambda cls: cls is wanted or cls == wanted
+
+
+def _is_union(cls: object) -> bool:
+    return get_origin(cls) in (Union, UnionType)
+
+
+def _strictly(value: object, cls: type) -> object:
+    """Take no value for another type's, save an int for a float: ``bool("no")`` would be true."""
+    if cls is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not cls:
+        raise TypeError(f"expected {cls.__name__}, got {value!r}")
+    return value
+
+
+def _one_of(converter: cattrs.Converter, value: object, union: object) -> object:
+    """Structure a value of a union of at most one tuple, one other type and None; its YAML form tells which."""
+    options = [cls for cls in get_args(union) if cls is not type(None)]
+    if value is None and len(options) < len(get_args(union)):
+        return None
+    fitting = [cls for cls in options if (get_origin(cls) is tuple) == isinstance(value, list)]
+    return converter.structure(value, (fitting or options)[0])
+
+
+def _by_name(
+    converter: cattrs.Converter, known: Callable[[], Mapping[str, type]]
+) -> Callable[[object, object], object]:
+    def structure(value: object, _: object) -> object:
+        given = {"name": value} if isinstance(value, str) else dict(value) if isinstance(value, dict) else {}
+        name = given.pop("name", None)
+        if name not in known():
+            raise ValueError(f"unknown name {name!r}.{did_you_mean(str(name), known())}".rstrip("."))
+        cls = known()[name]
+        return make_dict_structure_fn(cls, converter, _cattrs_forbid_extra_keys=True)(given, cls)
+
+    return structure
+
+
+def _message(error: BaseException, cls: type | None) -> str:
+    if isinstance(error, cattrs.ForbiddenExtraKeysError):
+        known = [f.name for f in fields(error.cl)]
+        return "; ".join(
+            f"extra field {key!r}.{did_you_mean(key, known)}".rstrip(".") for key in sorted(error.extra_fields)
+        )
+    if isinstance(error, KeyError):
+        return f"required field {error.args[0]!r} is missing"
+    return str(error).rstrip(".")

@@ -1,0 +1,1 @@
+"""The page, and the terminal table, that say what one run found."""

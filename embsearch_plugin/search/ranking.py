@@ -1,0 +1,97 @@
+"""Which rows are frequent: counting ids, and when to rank the rows by the counts."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from embsearch_plugin import distributed
+from embsearch_plugin.errors import SessionError
+from embsearch_plugin.search.tables import SearchedTables
+from embsearch_plugin.space import SearchSpace, cut_tables
+
+Frequencies = Mapping[str, Tensor] | Iterable[Any]
+
+
+class Ranking:
+    """Counts ids and cuts the ranked rows into blocks.
+
+    Ids are counted while the model trains. The rows are ranked when the search starts and again whenever the number of
+    steps has doubled: so early ranks are soon mended, and ranking costs next to nothing in the long run. Counts that are
+    given, or come from a pass over a loader, are final.
+
+    Args:
+        tables: the tables.
+        space: how to cut.
+        given: counts per table name, or batches to count; ``None`` to count while training.
+        run: runs a batch through the model, for a pass over a loader.
+    """
+
+    def __init__(
+        self, tables: SearchedTables, space: SearchSpace, given: Frequencies | None, run: Callable[[Any], None]
+    ) -> None:
+        self._tables, self._space, self._given, self._run = tables, space, given, run
+        self._next = 0
+        if given is None:
+            self._start_counting()
+
+    def rank(self, step: int) -> None:
+        """Rank and cut for the first time, or again when it is time."""
+        if self._tables.blocks is not None and (self._given is not None or step < self._next):
+            return
+        self._tables.cut(cut_tables(self._counts(), self._space))
+        self._next = max(2 * step, 1)
+
+    def _counts(self) -> list[Tensor]:
+        if isinstance(self._given, Mapping):
+            return self._checked(self._given)
+        if self._given is not None:
+            return self._pass_over(self._given)
+        counts = self._counted()
+        if not any(bool(count.any()) for count in counts):
+            raise SessionError(
+                "rows cannot be ranked: no id was counted yet.\n  Possible solutions: 1) take some training steps before "
+                "a search step  2) give frequencies= to prepare."
+            )
+        return counts
+
+    def _counted(self) -> list[Tensor]:
+        counts = [count for supernet in self._tables.supernets for count in supernet.counts or []]
+        return [distributed.total(count.long()).cpu() for count in counts]
+
+    def _checked(self, given: Mapping[str, Tensor]) -> list[Tensor]:
+        counts = []
+        for spec in self._tables.specs:
+            count = given.get(str(spec), given.get(spec.name))
+            if count is None or count.shape != (spec.rows,):
+                got = "none" if count is None else f"shape {tuple(count.shape)}"
+                raise SessionError(
+                    f"frequencies must hold counts of shape ({spec.rows},) for table {spec.name!r}; got {got}."
+                )
+            counts.append(count.cpu())
+        return counts
+
+    def _pass_over(self, batches: Iterable[Any]) -> list[Tensor]:
+        self._start_counting()
+        for batch in batches:
+            self._run(batch)
+        counts = self._counted()
+        for supernet in self._tables.supernets:
+            supernet.counts = None
+        return counts
+
+    def _start_counting(self) -> None:
+        for supernet in self._tables.supernets:
+            supernet.counts = [torch.zeros(table.rows, dtype=torch.int32, device="cpu") for table in supernet.tables]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counts and when to rank next."""
+        counts = [supernet.counts for supernet in self._tables.supernets]
+        return {"next": self._next, "counts": counts}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state``."""
+        self._next = state["next"]
+        for supernet, counts in zip(self._tables.supernets, state["counts"], strict=True):
+            supernet.counts = cast("list[Tensor] | None", counts)

@@ -1,0 +1,388 @@
+"""Session: one search on one model."""
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import pluggy
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from embsearch_plugin import distributed
+from embsearch_plugin.algorithms.base import Algorithm, AlgorithmConfig
+from embsearch_plugin.budget import Budget
+from embsearch_plugin.collection import Table
+from embsearch_plugin.compact.rewrite import rewrite
+from embsearch_plugin.errors import AttachError, NonFiniteLoss, PlanError, SessionError
+from embsearch_plugin.hookspecs import PROJECT, SessionHooks
+from embsearch_plugin.optimizers import check_hook_fires
+from embsearch_plugin.plan import SizePlan, mismatch
+from embsearch_plugin.plugins import manager
+from embsearch_plugin.search.objective import Autocast, Objective, Outcome, move, outcome_of, train_task, untouched
+from embsearch_plugin.search.ranking import Frequencies, Ranking
+from embsearch_plugin.search.second_order import after_weight_step
+from embsearch_plugin.search.tables import SearchedTables, SearchTable
+from embsearch_plugin.search.validation import ValidationStream
+from embsearch_plugin.space import RowBlocks, SearchSpace
+from embsearch_plugin.supernet.searchable import TooSmallBatch
+
+log = logging.getLogger(__name__)
+ATTRIBUTE = "_embsearch_session"  # where a model keeps its session
+
+
+class Session:
+    """One search on one model. Made by :func:`embsearch_plugin.prepare`, which documents the arguments, or the decorator.
+
+    Attributes:
+        model: the model.
+        config, budget, space: what was asked for.
+        algorithm: the plugin that searches.
+        step_count: weight steps since ``attach``.
+        search_steps: search steps taken.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        algorithm: AlgorithmConfig,
+        budget: Budget,
+        space: SearchSpace,
+        objective: Objective = train_task,
+        frequencies: Frequencies | None = None,
+        fused: Mapping[str, Any] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.model, self.config, self.budget, self.space = model, algorithm, budget, space
+        self.step_count = self.search_steps = 0
+        self.algorithm: Algorithm = algorithm.build()
+        self._objective, self._seed = objective, seed
+        self._tables = SearchedTables(model, space, fused)
+        self._ranking = Ranking(self._tables, space, frequencies, self._run_to_count)
+        self._plugins = self._plugin_manager()
+        model.__dict__[ATTRIBUTE] = self
+        self._pre_hook = model.register_forward_pre_hook(_before_forward, with_kwargs=True)
+        self._optimizers: list[Optimizer] = []
+        self._step_hooks: list[Any] = []
+        self._stepped: set[int] = set()
+        self._validation: ValidationStream | None = None
+        self._training: ValidationStream | None = None
+        self._autocast: Autocast | None = None
+        self._train_batch: Any = None
+        self._inside = False  # a forward of ours is running
+        self._last_plan: SizePlan | None = None
+
+    # What algorithms and observers read and write.
+
+    @property
+    def specs(self) -> list[Table]:
+        """The original tables, over all collections."""
+        return self._tables.specs
+
+    @property
+    def tables(self) -> list[SearchTable]:
+        """The tables and how their rows are cut; known from the first search step on."""
+        if self._tables.blocks is None:
+            raise SessionError(
+                f"rows are ranked after {self.config.warm_up} weight steps; {self.step_count} were taken."
+            )
+        return [SearchTable(s, b) for s, b in zip(self._tables.specs, self._tables.blocks, strict=True)]
+
+    @property
+    def gates(self) -> list[Tensor]:
+        """The gates of the next weight steps, per table float32 (S, D)."""
+        return self._tables.gates
+
+    @property
+    def original_bytes(self) -> int:
+        """Weight bytes of the original tables."""
+        return self._tables.original_bytes
+
+    def set_gates(self, gates: Sequence[Tensor]) -> None:
+        """Write the gates of the next weight steps, per table (S, D)."""
+        self._tables.set_gates(gates)
+
+    def merged_weight(self, table: int) -> Tensor:
+        """Return a table's weights times their gates, float32 (V, D): its rows as the model sees them."""
+        return self._tables.merged_weight(table)
+
+    def block_energy(self, table: int) -> Tensor:
+        """Return the sum of squares of the merged weights, per row block and column: float64 (S, D)."""
+        return self._tables.block_energy(table)
+
+    def evaluate(self, batch: Any, gates: Sequence[Tensor]) -> Outcome:
+        """Run the objective with ``gates`` in place of the current ones; leaves no trace in the model."""
+        with self._own_forward(), self._tables.searching(gates):
+            return outcome_of(self._objective, self.model, batch)
+
+    def gate_gradients(
+        self, batch: Any, gates: Sequence[Tensor], leaves: Sequence[Tensor], xi: float = 0.0
+    ) -> tuple[float, list[Tensor]]:
+        """Differentiate the loss on ``batch`` with respect to ``leaves``, of which ``gates`` are made.
+
+        With ``xi`` above zero, the loss is the one after a virtual weight step of that rate on the last training batch
+        (second order; dnis.txt, Eq. 7). Gradients are averaged over processes. Nothing of the model changes.
+
+        Raises:
+            NonFiniteLoss: where the loss is NaN or infinite.
+        """
+        with self._own_forward():
+            outcome = self._second_order(batch, gates, xi) if xi else self.evaluate(batch, gates)
+            loss = float(outcome.loss.detach())
+            if not math.isfinite(loss):
+                raise NonFiniteLoss(
+                    f"the validation loss must be a number; got {loss} at step {self.step_count}. Gates and weights are as "
+                    "before.\n  Possible solutions: 1) a lower learning rate  2) look for NaN in the validation batches."
+                )
+            gradients = torch.autograd.grad(outcome.loss, list(leaves), allow_unused=True)
+        filled = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, gradients, strict=True)]
+        return loss, distributed.mean(filled)
+
+    # The loop.
+
+    def attach(
+        self,
+        optimizer: Optimizer | Sequence[Optimizer],
+        validation: Iterable[Any],
+        training: Iterable[Any] | None = None,
+    ) -> None:
+        """Let a search step follow ``optimizer.step()``.
+
+        Args:
+            optimizer: the loop's optimizer, or several: a search step follows when each of them has stepped.
+            validation: a loader of batches as the model takes them; starts anew when it ends.
+            training: batches for the virtual step of second-order gradients, where the model is not called with the
+                batch itself; by default the batch of the last training forward.
+
+        Raises:
+            AttachError: where a step hook cannot fire, or a loader is an iterator.
+        """
+        optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+        if self._optimizers:
+            raise AttachError("this session is attached already; call detach() first.")
+        for each in optimizers:
+            check_hook_fires(each)
+        self._validation = ValidationStream(validation, self._seed)
+        self._training = None if training is None else ValidationStream(training, self._seed)
+        self._optimizers = optimizers
+        self._step_hooks = [each.register_step_post_hook(self._after_optimizer_step) for each in optimizers]
+
+    def detach(self) -> None:
+        """Take no more search steps by themselves; ``attach`` may be called again."""
+        for handle in self._step_hooks:
+            handle.remove()
+        self._step_hooks, self._optimizers, self._stepped = [], [], set()
+
+    def register(self, observer: object) -> None:
+        """Add an observer: an object with hooks of :class:`embsearch_plugin.hookspecs.SessionHooks`."""
+        self._plugins.unregister(self.algorithm)
+        self._plugins.register(observer)
+        self._plugins.register(self.algorithm)  # pluggy calls the last registered first: the algorithm
+        self._plugins.check_pending()
+
+    def step(self, batch: Any) -> Mapping[str, float]:
+        """Take one search step by hand on a validation batch; return its metrics."""
+        return self._search_step(lambda: batch)
+
+    def validated(self, metrics: Mapping[str, float]) -> None:
+        """Tell the algorithm and the observers what a validation of the model gave."""
+        self._plugins.hook.embsearch_validation_end(session=self, step=self.step_count, metrics=metrics)
+
+    def _after_optimizer_step(self, optimizer: Optimizer, *_: object) -> None:
+        self._stepped.add(id(optimizer))
+        if len(self._stepped) < len(self._optimizers):
+            return
+        self._stepped.clear()
+        self.step_count += 1
+        since = self.step_count - self.config.warm_up
+        if since >= 0 and since % self.config.every == 0:
+            assert self._validation is not None
+            self._search_step(self._validation.next)
+
+    def _search_step(self, next_batch: Callable[[], Any]) -> Mapping[str, float]:
+        try:
+            self._rank()
+            metrics = self._on_first_usable(next_batch)
+        except Exception as error:
+            self._plugins.hook.embsearch_exception(session=self, error=error)
+            raise
+        self.search_steps += 1
+        if metrics:
+            self._plugins.hook.embsearch_after_step(session=self, step=self.step_count, metrics=metrics)
+        return metrics
+
+    def _rank(self) -> None:
+        first = self._tables.blocks is None
+        self._ranking.rank(self.step_count)
+        if first:
+            self._plugins.hook.embsearch_search_start(session=self)
+
+    def _on_first_usable(self, next_batch: Callable[[], Any], tries: int = 1000) -> Mapping[str, float]:
+        """Take a search step on the first batch with enough examples (two, where the model has batch norm)."""
+        smallest = 2 if _has_batch_norm(self.model) else 1
+        for supernet in self._tables.supernets:
+            supernet.smallest_batch = smallest
+        for _ in range(tries):
+            batch = move(next_batch(), self._tables.device)
+            try:
+                metrics = self._plugins.hook.embsearch_search_step(session=self, step=self.step_count, batch=batch)
+                return cast(Mapping[str, float], metrics)
+            except TooSmallBatch:
+                log.info("skipped a validation batch of fewer than %d examples", smallest)
+        raise AttachError(
+            f"a search step needs a validation batch of at least {smallest} examples; {tries} were smaller."
+        )
+
+    # Forward passes.
+
+    def _weight_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The model is about to be run by its owner."""
+        if self._inside:
+            return
+        self.fuse()
+        if self.model.training and torch.is_grad_enabled():
+            self._autocast = Autocast.now(self._tables.device.type)
+            self._train_batch = args[0] if len(args) == 1 and not kwargs else None
+            self._plugins.hook.embsearch_before_forward(session=self, step=self.step_count)
+
+    @contextmanager
+    def _own_forward(self) -> Iterator[None]:
+        """A forward of ours: under the loop's autocast, and buffers and random states are restored afterwards."""
+        if self._inside:
+            yield
+            return
+        self._inside = True
+        autocast = self._autocast or Autocast.now(self._tables.device.type)
+        seed = self._seed * 1_000_003 + self.search_steps
+        try:
+            with untouched(self.model, self._tables.supernets, seed), autocast.again(), torch.enable_grad():
+                yield
+        finally:
+            self._inside = False
+
+    def _run_to_count(self, batch: Any) -> None:
+        with self._own_forward():
+            outcome_of(self._objective, self.model, move(batch, self._tables.device))
+
+    def _second_order(self, batch: Any, gates: Sequence[Tensor], xi: float) -> Outcome:
+        if self._training is not None:
+            train_batch = move(self._training.next(), self._tables.device)
+        elif self._train_batch is not None:
+            train_batch = self._train_batch
+        else:
+            raise SessionError(
+                "second-order gradients need a training batch, and the model was not called with just a batch.\n"
+                "  Possible solutions: 1) attach(..., training=train_loader)  2) first order (xi=0)."
+            )
+        return after_weight_step(self.model, self._objective, self._tables, gates, train_batch, batch, xi)
+
+    # The result.
+
+    def derive(self, budget: Budget | str | None = None, *, strict: bool = True) -> SizePlan:
+        """Turn what was learned so far into a plan; changes nothing, and may be called again with other budgets.
+
+        Args:
+            budget: the ceiling; by default the session's.
+            strict: keep the budget, to the byte. Otherwise the paper's own rule decides, and the size is what it gives.
+
+        Raises:
+            SessionError: before the first search step.
+            BudgetError: where no plan fits.
+        """
+        if not self.search_steps:
+            raise SessionError(
+                f"derive needs at least one search step; {self.step_count} weight steps were taken, and the warm-up takes "
+                f"{self.config.warm_up}.\n  Possible solutions: 1) attach(optimizer, validation=...) before the loop  "
+                "2) train longer  3) a smaller warm_up."
+            )
+        ceiling = (self.budget if budget is None else Budget.of(budget)) if strict else None
+        plan = cast(SizePlan, self._plugins.hook.embsearch_derive(session=self, budget=ceiling))
+        if self._last_plan is None or plan.to_json() != self._last_plan.to_json():
+            previous, self._last_plan = self._last_plan, plan
+            self._plugins.hook.embsearch_plan_changed(
+                session=self, step=self.step_count, previous=previous, current=plan
+            )
+        return plan
+
+    def compact(self, plan: SizePlan) -> nn.Module:
+        """Rewrite the model in place with compact tables, and the attached optimizers' state with them; return it.
+
+        The model then computes what it computed with the gates under the plan, and nothing of the search is left in it.
+
+        Raises:
+            PlanError: where the plan is for another model.
+            SessionError: where the model is sharded.
+        """
+        if [p.table for p in plan.tables] != self._tables.specs:
+            raise PlanError(mismatch(self._tables.specs, plan))
+        if not all(supernet.is_local for supernet in self._tables.supernets):
+            raise SessionError(
+                "a sharded model cannot be rewritten in place.\n  Possible solution: plan = session.derive() on every rank, "
+                "then es.apply(build_model.original(), plan), then DistributedModelParallel again."
+            )
+        rewrite(self.model, self._tables, plan, self._optimizers)
+        self._plugins.hook.embsearch_search_end(session=self, plan=plan)
+        self.detach()
+        self._pre_hook.remove()
+        self.model.__dict__.pop(ATTRIBUTE, None)
+        return self.model
+
+    # Checkpoints.
+
+    def fuse(self) -> None:
+        """Put the tables on fused kernels now, where that was asked for; otherwise the first forward does."""
+        self._tables.fuse()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a search needs to go on in a new process: tensors and plain values only."""
+        blocks = self._tables.blocks
+        return {
+            "algorithm": self.algorithm.state_dict(),
+            "step_count": self.step_count,
+            "search_steps": self.search_steps,
+            "ranking": self._ranking.state_dict(),
+            "blocks": None if blocks is None else [{"sizes": b.sizes, "order": b.order} for b in blocks],
+            "gates": None if blocks is None else self.gates,
+            "validation": None if self._validation is None else self._validation.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state``; call after ``attach``, so that the validation loader takes up its place."""
+        self.step_count, self.search_steps = state["step_count"], state["search_steps"]
+        self._ranking.load_state_dict(state["ranking"])
+        if state["blocks"] is not None:
+            self._tables.cut([RowBlocks(tuple(b["sizes"]), b["order"]) for b in state["blocks"]])
+            self.set_gates(state["gates"])
+        self.algorithm.load_state_dict(state["algorithm"])
+        if self._validation is not None and state["validation"] is not None:
+            self._validation.load_state_dict(state["validation"])
+
+    def _plugin_manager(self) -> pluggy.PluginManager:
+        plugins = pluggy.PluginManager(PROJECT)
+        plugins.add_hookspecs(SessionHooks)
+        for observers in manager().hook.embsearch_register_observers(session=self):
+            for observer in observers:
+                plugins.register(observer)
+        plugins.register(self.algorithm)
+        plugins.check_pending()
+        return plugins
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A session belongs to one model; a copy of the model has none."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickled model has no session either."""
+        return (type(None), ())
+
+
+def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Tell the model's session, if it has one: copies of a model keep this hook but have no session."""
+    session = model.__dict__.get(ATTRIBUTE)
+    if session is not None:
+        session._weight_forward(args, kwargs)
+
+
+def _has_batch_norm(model: nn.Module) -> bool:
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in model.modules())

@@ -1,0 +1,124 @@
+"""The tables of a searched model, over all its collections, as one list."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from embsearch_plugin import distributed
+from embsearch_plugin.collection import Table
+from embsearch_plugin.plugins import build_supernet, find_collections
+from embsearch_plugin.space import RowBlocks, SearchSpace
+from embsearch_plugin.supernet.searchable import SearchableEmbeddingBagCollection
+from embsearch_plugin.supernet.virtual import VirtualRows
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class SearchTable:
+    """A table in a search: what it is, and how its rows are cut."""
+
+    spec: Table
+    blocks: RowBlocks
+
+
+class SearchedTables:
+    """The searchable collections put into a model, and their tables as one list.
+
+    Args:
+        model: its collections are replaced by searchable ones.
+        space: how tables are cut.
+        fused: TorchRec's ``fused_params``, where the tables are to be trained by fused kernels.
+    """
+
+    def __init__(self, model: nn.Module, space: SearchSpace, fused: Mapping[str, Any] | None = None) -> None:
+        self._fused = fused
+        self.found = find_collections(model)
+        self.supernets = [cast(SearchableEmbeddingBagCollection, build_supernet(f, space)) for f in self.found]
+        self.specs: list[Table] = [table for found in self.found for table in found.tables]
+        self.blocks: list[RowBlocks] | None = None
+        for found, supernet in zip(self.found, self.supernets, strict=True):
+            found.replace_in(model, supernet)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's tables are."""
+        return self.supernets[0].device
+
+    @property
+    def original_bytes(self) -> int:
+        """Weight bytes of the original tables."""
+        return sum(spec.size_bytes for spec in self.specs)
+
+    def fuse(self) -> None:
+        """Put the tables on fused kernels, where that was asked for; done late, when they are where they stay."""
+        for supernet in self.supernets:
+            supernet.fuse(self._fused)
+
+    def cut(self, blocks: list[RowBlocks]) -> None:
+        """Say which rows are in which block; gates start at one the first time, and are kept later."""
+        self.blocks = blocks
+        for supernet, part in zip(self.supernets, self.split(blocks), strict=True):
+            supernet.set_blocks(part, supernet.device)
+
+    @property
+    def gates(self) -> list[Tensor]:
+        """The gates, per table float32 (S, D)."""
+        return [gate for supernet in self.supernets for gate in supernet.gates]
+
+    def set_gates(self, gates: Sequence[Tensor]) -> None:
+        """Write the gates, per table (S, D)."""
+        for supernet, part in zip(self.supernets, self.split(gates), strict=True):
+            supernet.set_gates([gate.detach() for gate in part])
+
+    @contextmanager
+    def searching(self, gates: Sequence[Tensor], virtual: VirtualRows | None = None) -> Iterator[None]:
+        """Within it, ``gates`` take the place of the current ones, and no table gets a gradient."""
+        with ExitStack() as stack:
+            for supernet, part in zip(self.supernets, self.split(gates), strict=True):
+                stack.enter_context(supernet.searching(part, virtual))
+            yield
+
+    def weight_pieces(self, table: int) -> list[tuple[int, int, Tensor]]:
+        """Return the parts of a table's weights on this process, as (first row, first column, weights)."""
+        (pieces,) = [
+            supernet.weight_pieces(numbers.index(table))
+            for supernet, numbers in zip(self.supernets, self.split(range(len(self.specs))), strict=True)
+            if table in numbers
+        ]
+        return pieces
+
+    def merged_weight(self, table: int) -> Tensor:
+        """Return a table's weights times their gates, float32 (V, D): its rows as the model sees them."""
+        ((_, _, weight),) = self.weight_pieces(table)
+        lookup = self._lookup(table).to(weight.device)
+        return weight.detach().float() * self.gates[table].index_select(0, lookup)
+
+    def block_energy(self, table: int) -> Tensor:
+        """Return the sum of squares of the merged weights, per row block and column: float64 (S, D)."""
+        gate = self.gates[table].double().cpu()
+        energy, lookup = torch.zeros_like(gate), self._lookup(table)
+        for row, column, weight in self.weight_pieces(table):
+            squares = weight.detach().double().cpu().square()
+            part = torch.zeros(gate.shape[0], weight.shape[1], dtype=torch.float64)
+            part.index_add_(0, lookup[row : row + weight.shape[0]], squares)
+            energy[:, column : column + weight.shape[1]] += part
+        if not all(supernet.is_local for supernet in self.supernets):
+            energy = distributed.total(energy)
+        return energy * gate.square()
+
+    def _lookup(self, table: int) -> Tensor:
+        assert self.blocks is not None
+        return self.blocks[table].lookup().long()
+
+    def split(self, items: Sequence[T]) -> list[list[T]]:
+        """Split a list over all tables by collection."""
+        parts, start = [], 0
+        for found in self.found:
+            parts.append(list(items[start : start + len(found.tables)]))
+            start += len(found.tables)
+        return parts

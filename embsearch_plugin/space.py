@@ -1,0 +1,153 @@
+"""The search space: how a table's rows are cut into blocks and its columns into chunks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from math import isclose
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from embsearch_plugin.errors import SpaceError
+
+# Each block holds half of the rows that are left, so the few rows that fill most of a zipf-distributed log are told apart.
+HALVING = (1 / 32, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """Embedding blocks: S row blocks by T column chunks.
+
+    Args:
+        row_blocks: a number of equal blocks, or the blocks' shares of the rows, most frequent rows first, summing to one.
+        column_chunks: a number of equal chunks, or the chunks' widths, summing to the table's dim. By default the width
+            is halved again and again, down to ``align``: 32 columns are cut into 4, 4, 8 and 16.
+        scope: ``"table"`` ranks and cuts the rows of each table; ``"global"`` ranks the rows of all tables in one list
+            and cuts that (dnis.txt, 2.3).
+        min_block_rows: blocks with fewer rows are merged with their neighbour, so that a tiny table is one block.
+        align: stored widths are multiples of it: 4 for FBGEMM's kernels, 1 for plain tables and the papers' dims.
+
+    Raises:
+        SpaceError: where shares or widths do not add up.
+    """
+
+    row_blocks: int | tuple[float, ...] = HALVING
+    column_chunks: int | tuple[int, ...] | None = None
+    scope: Literal["table", "global"] = "table"
+    min_block_rows: int = 16
+    align: int = 4
+
+    def __post_init__(self) -> None:
+        shares = self.shares
+        if not shares or min(shares) <= 0 or not isclose(sum(shares), 1.0, abs_tol=1e-6):
+            raise SpaceError(
+                f"row_blocks must be a positive number of blocks, or positive shares that sum to 1; got {self.row_blocks!r} "
+                f"(sum {sum(shares):g}). Try 6, or (0.1, 0.2, 0.7)."
+            )
+        if self.scope not in ("table", "global"):
+            raise SpaceError(f"scope must be 'table' or 'global'; got {self.scope!r}.")
+        if self.align < 1 or self.min_block_rows < 1:
+            raise SpaceError(
+                f"align and min_block_rows must be at least 1; got {self.align} and {self.min_block_rows}."
+            )
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The blocks' shares of the rows."""
+        if isinstance(self.row_blocks, int):
+            return (1 / self.row_blocks,) * self.row_blocks if self.row_blocks > 0 else ()
+        return tuple(self.row_blocks)
+
+    def cut_rows(self, rows: int) -> tuple[int, ...]:
+        """Cut ``rows`` ranked rows into blocks; return their sizes (S,), which sum to ``rows``."""
+        edges = [round(rows * share) for share in accumulate(self.shares)]
+        edges[-1] = rows
+        kept = [0]
+        for edge in edges[:-1]:
+            if edge - kept[-1] >= self.min_block_rows and rows - edge >= self.min_block_rows:
+                kept.append(edge)
+        kept.append(rows)
+        return tuple(right - left for left, right in zip(kept, kept[1:], strict=False))
+
+    def chunk_widths(self, dim: int) -> tuple[int, ...]:
+        """Cut ``dim`` columns into chunks; return their widths (T,), which sum to ``dim``."""
+        if self.column_chunks is None:
+            return _halve(dim, self.align)
+        if isinstance(self.column_chunks, int):
+            if self.column_chunks < 1 or dim % self.column_chunks:
+                raise SpaceError(
+                    f"column_chunks={self.column_chunks} does not divide a table of dim {dim}. Give the widths."
+                )
+            widths: tuple[int, ...] = (dim // self.column_chunks,) * self.column_chunks
+        else:
+            widths = tuple(self.column_chunks)
+        if sum(widths) != dim or min(widths) < 1:
+            raise SpaceError(
+                f"column chunk widths must be positive and sum to the table's dim {dim}; got {widths} (sum {sum(widths)})."
+            )
+        if any(width % self.align for width in widths) and dim % self.align == 0:
+            raise SpaceError(f"column chunk widths must be multiples of align={self.align}; got {widths}.")
+        return widths
+
+    def dims(self, dim: int) -> tuple[int, ...]:
+        """Candidate dims of a table of width ``dim``: 0 and every sum of leading chunks, ascending."""
+        return (0, *accumulate(self.chunk_widths(dim)))
+
+
+def _halve(dim: int, align: int) -> tuple[int, ...]:
+    widths: list[int] = []
+    left = dim
+    while left >= 2 * align and (left // 2) % align == 0:
+        widths.insert(0, left - left // 2)
+        left //= 2
+    return (left, *widths)
+
+
+@dataclass(frozen=True, eq=False)
+class RowBlocks:
+    """A table's rows, ranked and cut.
+
+    Args:
+        sizes: (S,) rows in each block, block 0 holding the most frequent rows; a block may be empty.
+        order: int32 (V,), ``order[rank]`` is the row of that rank.
+    """
+
+    sizes: tuple[int, ...]
+    order: Tensor
+
+    def lookup(self) -> Tensor:
+        """Return the block of each row: uint8 (V,), int16 where there are more than 256 blocks."""
+        dtype = torch.uint8 if len(self.sizes) <= 256 else torch.int16
+        ranked = torch.repeat_interleave(torch.arange(len(self.sizes), dtype=dtype), torch.tensor(self.sizes))
+        blocks = torch.empty_like(ranked)
+        blocks[self.order.long()] = ranked
+        return blocks
+
+    def rows_of(self, block: int) -> Tensor:
+        """Return the rows of a block, most frequent first: int32 (sizes[block],)."""
+        start = sum(self.sizes[:block])
+        return self.order[start : start + self.sizes[block]]
+
+
+def cut_tables(counts: Sequence[Tensor], space: SearchSpace) -> list[RowBlocks]:
+    """Rank the rows of every table by frequency and cut them into blocks.
+
+    Args:
+        counts: per table, how often each of its rows occurred, (V,).
+        space: where to cut, and whether per table or over all tables together.
+    """
+    orders = [torch.argsort(count, descending=True, stable=True).int() for count in counts]
+    if space.scope == "table":
+        return [RowBlocks(space.cut_rows(order.numel()), order) for order in orders]
+    sizes = _cut_globally(counts, space)
+    return [RowBlocks(size, order) for size, order in zip(sizes, orders, strict=True)]
+
+
+def _cut_globally(counts: Sequence[Tensor], space: SearchSpace) -> list[tuple[int, ...]]:
+    """Cut one list of all rows of all tables; return each table's rows in each of the L blocks."""
+    merged = torch.argsort(torch.cat([count.flatten() for count in counts]), descending=True, stable=True)
+    table_of = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor([c.numel() for c in counts]))[merged]
+    blocks = torch.split(table_of, list(space.cut_rows(merged.numel())))
+    per_block = torch.stack([torch.bincount(block, minlength=len(counts)) for block in blocks])
+    return [tuple(int(n) for n in column) for column in per_block.t()]

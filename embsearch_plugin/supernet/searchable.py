@@ -1,0 +1,313 @@
+"""The searchable collection: the user's own EmbeddingBagCollection, and gates on what it looks up.
+
+    output of a bag = sum over ids i of  w_i * E[i] * G[block(i), :]          G: S x D per table
+
+The collection itself is kept inside, untouched: its parameters, its kernels and (once sharded) its communication are what
+they were. Gates act on what comes out. A bag of one id comes out as one row, to be multiplied by one gathered gate row. A
+longer bag is split by row block first, so that every part of it has one gate row.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import gcd, prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingBagCollectionInterface
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
+
+from embsearch_plugin import distributed
+from embsearch_plugin.collection import Table
+from embsearch_plugin.fused import FusedEmbeddingBags, requested
+from embsearch_plugin.space import RowBlocks
+from embsearch_plugin.supernet.bags import bags_of, check_ids, has_long_bags, one_per_bag, rows_at, split_by_cell
+from embsearch_plugin.supernet.slots import Slot, slots_of
+from embsearch_plugin.supernet.virtual import VirtualRows
+
+
+class TooSmallBatch(Exception):
+    """A search step met a batch with too few examples to say anything; the next one is taken."""
+
+
+class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
+    """An EmbeddingBagCollection whose output is gated by row block and column.
+
+    Input, output keys, their order, dims and dtype are the original's. ``state_dict`` keys too: the collection inside
+    does not show in them.
+
+    Args:
+        inner: the original collection.
+        tables: its tables.
+    """
+
+    def __init__(self, inner: EmbeddingBagCollectionInterface, tables: Sequence[Table]) -> None:
+        super().__init__()
+        self.inner = inner
+        self.tables = tuple(tables)
+        self._configs: list[EmbeddingBagConfig] = inner.embedding_bag_configs()
+        self._weighted: bool = inner.is_weighted()
+        self.slots = slots_of(self._configs)
+        self._features = list(dict.fromkeys(slot.feature for slot in self.slots))
+        self.counts: list[Tensor] | None = None  # per table (V,), while ids are counted
+        self._candidates: list[Tensor] | None = None  # gates of a search step, in place of the buffers
+        self._virtual: VirtualRows | None = None
+        self.smallest_batch = 1
+        self._pieces: _Pieces | None = None
+        self.register_state_dict_post_hook(_hide_inner)
+        self.register_load_state_dict_pre_hook(_find_inner)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tables are."""
+        return next(self.inner.parameters()).device
+
+    def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
+        """The original configs."""
+        return self._configs
+
+    def is_weighted(self) -> bool:
+        """Whether ids come with weights."""
+        return self._weighted
+
+    def set_blocks(self, blocks: Sequence[RowBlocks], device: torch.device) -> None:
+        """Say which row is in which block. Gates start at one; later calls keep them."""
+        first = self._pieces is None
+        for index, (table, cut) in enumerate(zip(self.tables, blocks, strict=True)):
+            self.register_buffer(f"block_{index}", cut.lookup().to(device), persistent=False)
+            if first:
+                ones = torch.ones(len(cut.sizes), table.dim, device=device)
+                self.register_buffer(f"gate_{index}", ones, persistent=False)
+        self._pieces = _Pieces(self.slots, [len(cut.sizes) for cut in blocks])
+
+    def set_gates(self, gates: Sequence[Tensor]) -> None:
+        """Write the gates, per table (S, D)."""
+        for index, gate in enumerate(gates):
+            self.get_buffer(f"gate_{index}").copy_(gate)
+
+    @property
+    def gates(self) -> list[Tensor]:
+        """The gates, per table float32 (S, D)."""
+        return [self.get_buffer(f"gate_{index}") for index in range(len(self.tables))]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the tables are plain parameters of this process."""
+        return type(self.inner) is EmbeddingBagCollection
+
+    @property
+    def is_local(self) -> bool:
+        """Whether whole tables are on this process, plain or fused; not so once they are sharded."""
+        return self.is_plain or isinstance(self.inner, FusedEmbeddingBags)
+
+    def fuse(self, fused_params: Mapping[str, Any] | None) -> None:
+        """Put plain tables on fused kernels, where that was asked for."""
+        if isinstance(self.inner, EmbeddingBagCollection):
+            params = requested(self.inner, fused_params)
+            if params is not None:
+                self.inner = FusedEmbeddingBags(self.inner, params)
+
+    def table_weight(self, table: int) -> nn.Parameter:
+        """Return a table's weights, (V, D), where whole tables are on this process."""
+        weight = self.inner.embedding_bags[self.tables[table].name].weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    def weight_pieces(self, table: int) -> list[tuple[int, int, Tensor]]:
+        """Return the parts of a table's weights that this process answers for: (first row, first column, weights)."""
+        if self.is_local:
+            return [(0, 0, self.table_weight(table).detach())]
+        weight = self.inner.state_dict()[f"embedding_bags.{self.tables[table].name}.weight"]
+        if isinstance(weight, ShardedTensor):
+            shards = [(shard.metadata.shard_offsets, shard.tensor) for shard in weight.local_shards()]
+            return [(row, column, part) for (row, column), part in shards]
+        return [(0, 0, weight)] if distributed.is_first() else []  # replicated
+
+    @contextmanager
+    def searching(self, candidates: Sequence[Tensor], virtual: VirtualRows | None = None) -> Iterator[None]:
+        """Within it, ``candidates`` take the place of the gates and are all that gets a gradient here.
+
+        Rows are looked up under ``no_grad``, so that no backward reaches a table; with ``virtual`` they are looked up as
+        they would be after a weight step.
+        """
+        self._candidates, self._virtual = list(candidates), virtual
+        try:
+            yield
+        finally:
+            self._candidates = self._virtual = None
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        """Look up, gate and pool: (B, sum of dims), keyed as the original."""
+        if self._candidates is not None and features.stride() < self.smallest_batch:
+            raise TooSmallBatch
+        bags = bags_of(features, self._features)
+        if self.counts is not None and self.training and torch.is_grad_enabled() and self._candidates is None:
+            self._count(bags, self.counts)
+        if self._pieces is None and self._candidates is None:
+            self._check(bags)
+            return self.inner(features)
+        if self._virtual is not None:
+            return self._output(self._pool_virtual(bags, self._virtual, self._candidates or []))
+        if has_long_bags(features):
+            return self._output(self._pool_split(bags))
+        return self._output(self._looked_up(features) * self._gates_of(bags))
+
+    def _output(self, values: Tensor) -> KeyedTensor:
+        return KeyedTensor([s.key for s in self.slots], [s.dim for s in self.slots], values)
+
+    def _looked_up(self, features: KeyedJaggedTensor) -> Tensor:
+        """Pool without gates: (B, sum of dims), in slot order whatever order the inner collection answers in."""
+        if self._candidates is not None:
+            with torch.no_grad(), _steps_kept(self.inner):
+                return self._in_order(self.inner(features))
+        return self._in_order(self.inner(features))
+
+    def _in_order(self, pooled: KeyedTensor) -> Tensor:
+        if pooled.keys() == [slot.key for slot in self.slots]:
+            return pooled.values()
+        return torch.cat([pooled[slot.key] for slot in self.slots], dim=1)
+
+    def _current(self) -> list[Tensor]:
+        return self.gates if self._candidates is None else self._candidates
+
+    def _blocks_of(self, slot: Slot, bags: Mapping[str, JaggedTensor]) -> Tensor:
+        """Return the block of each id of a slot, (n,)."""
+        lookup = self.get_buffer(f"block_{slot.table}")
+        return rows_at(lookup, bags[slot.feature].values(), self.tables[slot.table].name, slot.feature)
+
+    def _gates_of(self, bags: Mapping[str, JaggedTensor]) -> Tensor:
+        """Gather the gate row of each bag of at most one id: (B, sum of dims)."""
+        blocks = [one_per_bag(bags[slot.feature], self._blocks_of(slot, bags)) for slot in self.slots]
+        assert self._pieces is not None
+        return self._pieces.gather(self._current(), torch.stack(blocks))
+
+    def _pool_split(self, bags: Mapping[str, JaggedTensor]) -> Tensor:
+        """Pool bags of any length, block by block: (B, sum of dims)."""
+        cells, digits, size = self._cells(bags)
+        split = split_by_cell(self._features, [bags[f] for f in self._features], cells, size)
+        pooled = self._looked_up(split.features).view(size, -1, sum(s.dim for s in self.slots))
+        if any(slot.mean for slot in self.slots):
+            pooled = pooled * self._mean_shares(split.share)
+        gates = self._current()
+        rows = torch.cat([gates[slot.table].index_select(0, digits[slot]) for slot in self.slots], dim=1)
+        total = pooled[0] * rows[0]
+        for cell in range(1, size):
+            total = torch.addcmul(total, pooled[cell], rows[cell])
+        return total
+
+    def _cells(self, bags: Mapping[str, JaggedTensor]) -> tuple[list[Tensor], dict[Slot, Tensor], int]:
+        """Return the cell of each id per feature; per slot, the block that each of the S cells stands for; and S."""
+        by_feature = {f: [slot for slot in self.slots if slot.feature == f] for f in self._features}
+        blocks = {slot: self.get_buffer(f"gate_{slot.table}").shape[0] for slot in self.slots}
+        size = max(prod(blocks[slot] for slot in slots) for slots in by_feature.values())
+        cells, digits = [], {}
+        for slots in by_feature.values():
+            cell, base = torch.zeros((), dtype=torch.int64, device=self.device), 1
+            for slot in slots:
+                cell = cell + self._blocks_of(slot, bags).long() * base
+                numbers = torch.arange(size, device=self.device)
+                digits[slot] = (numbers // base) % blocks[slot]
+                base *= blocks[slot]
+            cells.append(cell)
+        return cells, digits, size
+
+    def _mean_shares(self, share: Tensor) -> Tensor:
+        """Per cell, bag and column: the factor that makes a mean over the cell's ids a part of the mean over the bag.
+
+        Args:
+            share: (F, S, B).
+
+        Returns:
+            (S, B, sum of dims); one where a table is summed.
+        """
+        columns = [
+            share[self._features.index(slot.feature)] if slot.mean else torch.ones_like(share[0]) for slot in self.slots
+        ]
+        repeats = torch.tensor([slot.dim for slot in self.slots], device=share.device)
+        return torch.stack(columns, dim=-1).repeat_interleave(repeats, dim=-1)
+
+    def _pool_virtual(self, bags: Mapping[str, JaggedTensor], rows: VirtualRows, gates: Sequence[Tensor]) -> Tensor:
+        pooled = []
+        for slot in self.slots:
+            weight = self.table_weight(slot.table)
+            looked_up = rows.lookup((id(self), slot.table), weight, bags[slot.feature].values())
+            gated = looked_up.float() * gates[slot.table].index_select(0, self._blocks_of(slot, bags).long())
+            pooled.append(_pool(gated, bags[slot.feature], slot.mean))
+        return torch.cat(pooled, dim=1)
+
+    def _check(self, bags: Mapping[str, JaggedTensor]) -> None:
+        for slot in self.slots:
+            table = self.tables[slot.table]
+            check_ids(table.name, slot.feature, table.rows, bags[slot.feature].values())
+
+    def _count(self, bags: Mapping[str, JaggedTensor], counts: list[Tensor]) -> None:
+        self._check(bags)
+        for slot in self.slots:
+            ids = bags[slot.feature].values()
+            count = counts[slot.table] = counts[slot.table].to(ids.device)
+            count.index_add_(0, ids, torch.ones_like(ids, dtype=count.dtype))
+
+
+@contextmanager
+def _steps_kept(inner: nn.Module) -> Iterator[None]:
+    """Restore the step counters of TBE kernels, which some optimizers (Adam) advance in every forward."""
+    kernels = inner.kernels if isinstance(inner, FusedEmbeddingBags) else inner.modules()
+    counted = [k for k in kernels if isinstance(k, SplitTableBatchedEmbeddingBagsCodegen) and hasattr(k, "iter")]
+    saved = [(k, k.iter.clone(), k.iter_cpu.clone()) for k in counted]
+    yield
+    for kernel, steps, steps_cpu in saved:
+        kernel.iter.copy_(steps)
+        kernel.iter_cpu.copy_(steps_cpu)
+
+
+def _pool(rows: Tensor, bag: JaggedTensor, mean: bool) -> Tensor:
+    """Pool rows (n, D) into bags (B, D) with operations that can be differentiated twice."""
+    lengths = bag.lengths().long()
+    weights = bag.weights_or_none()
+    rows = rows if weights is None else rows * weights[:, None]
+    of_bag = torch.repeat_interleave(torch.arange(lengths.numel(), device=rows.device), lengths)
+    pooled = rows.new_zeros(lengths.numel(), rows.shape[1]).index_add(0, of_bag, rows)
+    return pooled / lengths.clamp(min=1)[:, None] if mean else pooled
+
+
+class _Pieces:
+    """Gathers gate rows of tables of any widths by one ``index_select``.
+
+    Gates are cut into pieces of the widths' greatest common divisor (the width itself, where all are equal), which lie
+    in one (rows, piece) matrix; a slot of width D reads D / piece of them.
+    """
+
+    def __init__(self, slots: Sequence[Slot], sizes: Sequence[int]) -> None:
+        self.width = gcd(*(slot.dim for slot in slots))
+        dims = {slot.table: slot.dim for slot in slots}
+        starts, start = {}, 0
+        for table, size in enumerate(sizes):
+            starts[table] = start
+            start += size * dims[table] // self.width
+        pieces = [(index, piece) for index, slot in enumerate(slots) for piece in range(slot.dim // self.width)]
+        self._slot = torch.tensor([index for index, _ in pieces])
+        self._step = torch.tensor([[slots[index].dim // self.width] for index, _ in pieces])
+        self._start = torch.tensor([[starts[slots[index].table] + piece] for index, piece in pieces])
+
+    def gather(self, gates: Sequence[Tensor], blocks: Tensor) -> Tensor:
+        """Return the gates of each example, (B, sum of dims), for the blocks of each slot, (slots, B)."""
+        device = blocks.device
+        table = torch.cat([gate.reshape(-1, self.width) for gate in gates])
+        rows = blocks.long()
+        if len(self._slot) != rows.shape[0]:
+            rows = rows.index_select(0, self._slot.to(device))
+        rows = rows * self._step.to(device) + self._start.to(device)
+        return table.index_select(0, rows.t().reshape(-1)).view(rows.shape[1], -1)
+
+
+def _hide_inner(module: nn.Module, state: dict[str, Any], prefix: str, _: object) -> None:
+    for key in [key for key in state if key.startswith(f"{prefix}inner.")]:
+        state[prefix + key.removeprefix(f"{prefix}inner.")] = state.pop(key)
+
+
+def _find_inner(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
+    for key in [key for key in state if key.startswith(prefix) and not key.startswith(f"{prefix}inner.")]:
+        state[f"{prefix}inner.{key.removeprefix(prefix)}"] = state.pop(key)

@@ -1,0 +1,204 @@
+"""Training one model to convergence, in a way that can be killed and resumed."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchrec.modules.embedding_modules import EmbeddingBagCollectionInterface
+from torchrec.sparse.jagged_tensor import KeyedTensor
+
+from embsearch_plugin.data.dataset import Batches
+from embsearch_plugin.errors import NonFiniteLoss
+from embsearch_plugin.evaluation import evaluate
+from embsearch_plugin.fused import FusedEmbeddingBags
+from embsearch_plugin.files import read_state, write_state
+from embsearch_plugin.recipes import Train
+from embsearch_plugin.search.session import Session
+
+Epoch = dict[str, float | None]
+
+
+class Watcher:
+    """Sees a run as it goes on. This one looks away; the command line's draws progress bars."""
+
+    def stage(self, name: str, steps: int | None) -> None:
+        """A stage begins; an epoch of it has so many steps, where that is known."""
+
+    def step(self) -> None:
+        """A weight step was taken."""
+
+    def epoch(self, name: str, row: Epoch) -> None:
+        """An epoch ended with these metrics."""
+
+
+@dataclass
+class Stage:
+    """One model on its way to convergence.
+
+    Args:
+        name: for messages and files.
+        model: a train task.
+        optimizer: the loop's optimizer.
+        session: the search that runs along, if any.
+        observers: what else has a state to keep in the checkpoint, by name.
+    """
+
+    name: str
+    model: nn.Module
+    optimizer: Optimizer
+    train: Batches
+    validation: Batches
+    options: Train
+    checkpoint: Path
+    session: Session | None = None
+    observers: Mapping[str, Any] = field(default_factory=dict)
+    history: list[Epoch] = field(default_factory=list)
+
+    @property
+    def best(self) -> int:
+        """The epoch, from 0, with the best validation loss."""
+        losses = [row["log_loss"] for row in self.history]
+        return min(range(len(losses)), key=lambda i: math.inf if losses[i] is None else float(losses[i] or 0.0))
+
+    @property
+    def converged(self) -> bool:
+        """Whether the validation loss has stopped improving, or the epochs are used up."""
+        trained = len(self.history) - 1  # the first row is the model as it came
+        return trained >= self.options.epochs or trained - self.best > self.options.patience
+
+
+def converge(stage: Stage, watcher: Watcher) -> list[Epoch]:
+    """Train until the validation loss stops improving; leave the best epoch's weights in the model.
+
+    The model as it came counts too (epoch 0): if training does not improve it, it stays as it was. After each epoch
+    everything is written to the stage's checkpoint, so that a killed run goes on at the next epoch.
+
+    Returns:
+        A row per epoch: seconds, train loss, and the validation metrics.
+
+    Raises:
+        NonFiniteLoss: where the training loss is NaN or infinite; the checkpoint of the epoch before is kept.
+    """
+    watcher.stage(stage.name, len(stage.train) if hasattr(stage.train, "__len__") else None)
+    if stage.checkpoint.exists():
+        _resume(stage)
+    else:
+        _close_epoch(stage, watcher, {"epoch": 0, "seconds": 0.0, "train_loss": None})
+    while not stage.converged:
+        started = time.perf_counter()
+        loss = train_epoch(stage, watcher.step)
+        row: Epoch = {"epoch": len(stage.history), "seconds": time.perf_counter() - started, "train_loss": loss}
+        _close_epoch(stage, watcher, row)
+    _restore(stage, _best_path(stage))
+    return stage.history
+
+
+def train_epoch(stage: Stage, stepped: Callable[[], None] = lambda: None) -> float:
+    """Take one pass over the training split; return the mean training loss."""
+    stage.model.train()
+    total, steps = 0.0, 0
+    with looked_up(stage.model) as embeddings:
+        for batch in stage.train:
+            stage.optimizer.zero_grad()
+            embeddings.clear()
+            loss, _ = stage.model(batch)
+            penalty = sum((values.square().sum() / max(len(values), 1) for values in embeddings), torch.zeros(()))
+            (loss + stage.options.l2 * penalty if stage.options.l2 else loss).backward()
+            stage.optimizer.step()
+            total, steps = total + float(loss.detach()), steps + 1
+            if not math.isfinite(total):
+                raise NonFiniteLoss(
+                    f"the training loss must be a number; got {float(loss.detach())} in step {steps} of epoch "
+                    f"{len(stage.history)} of {stage.name}.\n  Possible solutions: 1) a lower train.lr  2) look for NaN in "
+                    "the data. The run folder holds the epoch before; resume with --resume."
+                )
+            stepped()
+    return total / max(steps, 1)
+
+
+@contextmanager
+def looked_up(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Yield a list that takes what the collections put out in training: the effective rows, gates and projections applied."""
+    values: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: object, output: KeyedTensor) -> None:
+        if module.training and torch.is_grad_enabled():
+            values.append(output.values())
+
+    handles = [collection.register_forward_hook(keep) for collection in outermost_collections(model)]
+    try:
+        yield values
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def outermost_collections(module: nn.Module) -> Iterable[nn.Module]:
+    """Yield the embedding collections of a model, not those inside them."""
+    for child in module.children():
+        if isinstance(child, EmbeddingBagCollectionInterface):
+            yield child
+        else:
+            yield from outermost_collections(child)
+
+
+def _close_epoch(stage: Stage, watcher: Watcher, row: Epoch) -> None:
+    row |= evaluate(stage.model, stage.validation)
+    stage.history.append(row)
+    if stage.session is not None:
+        stage.session.validated({k: v for k, v in row.items() if v is not None})
+    if stage.best == len(stage.history) - 1:
+        write_state(_best_path(stage), _state(stage))
+    write_state(stage.checkpoint, _state(stage))
+    watcher.epoch(stage.name, row)
+
+
+def _best_path(stage: Stage) -> Path:
+    return stage.checkpoint.with_name(f"{stage.checkpoint.stem}-best.safetensors")
+
+
+def _state(stage: Stage) -> dict[str, Any]:
+    return {
+        "model": stage.model.state_dict(),
+        "optimizer": stage.optimizer.state_dict(),
+        "kernels": [bags.kernel_state() for bags in _fused(stage.model)],
+        "session": None if stage.session is None else stage.session.state_dict(),
+        "observers": {name: observer.state_dict() for name, observer in stage.observers.items()},
+        "history": stage.history,
+        "epoch": stage.train.epoch,
+        "random": torch.get_rng_state(),
+    }
+
+
+def _restore(stage: Stage, path: Path) -> dict[str, Any]:
+    """Put model, optimizer and search back to what they were when ``path`` was written; return the rest of it."""
+    state: dict[str, Any] = read_state(path)
+    if stage.session is not None:
+        stage.session.fuse()
+        stage.session.load_state_dict(state["session"])
+    stage.model.load_state_dict(state["model"])
+    stage.optimizer.load_state_dict(state["optimizer"])
+    for bags, kernels in zip(_fused(stage.model), state["kernels"], strict=True):
+        bags.load_kernel_state(kernels)
+    return state
+
+
+def _resume(stage: Stage) -> None:
+    """Go on from the checkpoint."""
+    state = _restore(stage, stage.checkpoint)
+    for name, observer in stage.observers.items():
+        observer.load_state_dict(state["observers"][name])
+    stage.history[:] = state["history"]
+    stage.train.epoch = state["epoch"]
+    torch.set_rng_state(state["random"])
+
+
+def _fused(model: nn.Module) -> list[FusedEmbeddingBags]:
+    return [module for module in model.modules() if isinstance(module, FusedEmbeddingBags)]

@@ -1,0 +1,146 @@
+"""What must hold for every algorithm, in every world. A newly registered algorithm is tested here by itself."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support import PLAIN, WORLDS, Task, relative_error, searched, stored_bytes, task, train
+from torch import Tensor
+from torch.optim import Optimizer
+
+import embsearch_plugin as es
+from embsearch_plugin.files import read_state, write_state
+from embsearch_plugin.plan import SizePlan
+from embsearch_plugin.plugins import algorithms
+from embsearch_plugin.search.session import Session
+
+ALGORITHMS = sorted(algorithms())
+everywhere = pytest.mark.parametrize(
+    ("algorithm", "world"), [(algorithm, world) for algorithm in ALGORITHMS for world in WORLDS]
+)
+
+
+def run(algorithm: str, world: str = "one id", steps: int = 12, **options: object) -> tuple[Task, Session, Optimizer]:
+    return searched(WORLDS[world], steps, algorithm=algorithms()[algorithm](warm_up=3), **options)
+
+
+def state_of(model: Task, session: Session, optimizer: Optimizer) -> list[Tensor]:
+    tensors = [*model.state_dict().values(), *session.gates]
+    return [t.clone() for t in tensors + [v for s in optimizer.state.values() for v in s.values()]]
+
+
+@everywhere
+@pytest.mark.parametrize("budget", ["60%", "30%"])
+def test_the_derived_plan_keeps_the_budget_and_changes_nothing(algorithm: str, world: str, budget: str) -> None:
+    model, session, optimizer = run(algorithm, world)
+    before = state_of(model, session, optimizer)
+    plan = session.derive(budget)
+    assert plan.size_bytes <= es.Budget.of(budget).limit(session.original_bytes)
+    assert all(torch.equal(a, b) for a, b in zip(before, state_of(model, session, optimizer), strict=True))
+    assert str(session.derive(budget)) == str(plan)
+
+
+def kept(plan: SizePlan, index: int) -> Tensor:
+    """Which weights of a table the plan keeps, bool (V, D): read off the plan's definition, not off the module."""
+    table = plan.tables[index]
+    if table.mask is not None:
+        return table.mask
+    mask = torch.zeros(table.table.rows, table.table.dim, dtype=torch.bool)
+    order = range(table.table.rows) if table.order is None else table.order.tolist()
+    columns = table.columns or range(table.table.dim)
+    place = 0
+    for block in table.blocks:
+        for row in list(order)[place : place + block.rows]:
+            mask[row, torch.tensor(columns)[: int(block.dim)]] = True
+        place += block.rows
+    return mask
+
+
+@everywhere
+def test_the_compact_model_equals_the_gated_one_under_the_plan(algorithm: str, world: str) -> None:
+    model, session, _ = run(algorithm, world)
+    plan = session.derive("40%")
+    original = WORLDS[world].collection()
+    for index, spec in enumerate(session.specs):
+        weight = original.embedding_bags[spec.name].weight
+        weight.data.copy_(session.merged_weight(index) * kept(plan, index))
+    features = WORLDS[world].features(60, seed=500)
+    session.compact(plan)
+    for training in (True, False):
+        model.train(training)
+        got, expected = model.collection(features), original.train(training)(features)
+        assert (got.keys(), got.length_per_key()) == (expected.keys(), expected.length_per_key())
+        assert relative_error(got.values(), expected.values()) <= (1e-3 if world == "half" else 1e-5)
+
+
+@everywhere
+def test_the_compact_model_has_the_planned_bytes_and_trains_on(algorithm: str, world: str) -> None:
+    model, session, optimizer = run(algorithm, world)
+    plan = session.derive("40%")
+    assert session.compact(plan) is model
+    assert stored_bytes(model) == plan.size_bytes
+    losses = train(model, optimizer, (WORLDS[world].batch(seed=i) for i in range(3)))
+    assert all(loss == loss for loss in losses)
+    assert "embsearch" not in repr(model._forward_pre_hooks)
+    assert not optimizer._optimizer_step_post_hooks
+    with pytest.raises(es.EmbsearchError, match="no search"):
+        es.session(model)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_plan_applied_to_a_fresh_model_has_the_same_shape(algorithm: str, tmp_path: Path) -> None:
+    model, session, _ = run(algorithm)
+    plan = session.derive()
+    session.compact(plan)
+    es.save(model, plan, tmp_path)
+    loaded = es.load(tmp_path, task(PLAIN, seed=9))
+    batch = PLAIN.batch(seed=33)
+    assert torch.equal(model.eval()(batch)[0], loaded.eval()(batch)[0])
+    applied = es.apply(task(PLAIN, seed=9), SizePlan.load(tmp_path / "plan.json"))
+    assert stored_bytes(applied) == plan.size_bytes
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_search_goes_on_from_a_checkpoint_in_a_new_process(algorithm: str, tmp_path: Path) -> None:
+    model, session, optimizer = run(algorithm, steps=8)
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "session": session.state_dict()}
+    write_state(tmp_path / "state", {**state, "random": torch.get_rng_state()})
+    train(model, optimizer, (PLAIN.batch(seed=i) for i in range(8, 16)))
+    session.derive().save(tmp_path / "expected.json")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    subprocess.run([sys.executable, __file__, algorithm, str(tmp_path)], check=True, timeout=120, env=environment)
+    assert (tmp_path / "expected.json").read_text().replace("expected", "resumed") == (tmp_path / "resumed.json").read_text()
+
+
+def resume(algorithm: str, folder: Path) -> None:
+    """The other process of the test above: the search is taken up at step 8 and taken to step 16."""
+    torch.set_num_threads(1)
+    state = read_state(folder / "state")
+    model, session, optimizer = run(algorithm, steps=0)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    session.load_state_dict(state["session"])
+    torch.set_rng_state(state["random"])
+    train(model, optimizer, (PLAIN.batch(seed=i) for i in range(8, 16)))
+    session.derive().save(folder / "resumed.json")
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_derive_before_any_search_step_is_an_error(algorithm: str) -> None:
+    _, session, _ = run(algorithm, steps=1)
+    with pytest.raises(es.EmbsearchError, match="needs at least one search step; 1 weight steps"):
+        session.derive()
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_budget_below_the_smallest_model_or_above_all_is_handled(algorithm: str) -> None:
+    _, session, _ = run(algorithm)
+    assert session.derive(es.Budget(bytes=1)).size_bytes <= 1
+    assert session.derive("100%").size_bytes <= session.original_bytes
+
+
+if __name__ == "__main__":
+    resume(sys.argv[1], Path(sys.argv[2]))
