@@ -79,7 +79,7 @@ def session(model: nn.Module) -> Session:
     if not found:
         raise SessionError(
             f"no search on this {type(model).__name__}.\n  Possible solutions: 1) build it with the decorated function "
-            "or class, not with .original  2) es.prepare(model, ...)  3) after compact() the search is over: build anew."
+            "or class, not .original  2) es.prepare(model, ...)  3) build anew: after compact() the search is over."
         )
     return found[0]
 

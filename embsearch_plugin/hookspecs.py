@@ -1,12 +1,12 @@
 """Every hook: when it runs, with what, what is returned, and who may implement it.
 
-An implementation is a function (or a method of a plugin object) of the same name, marked with :data:`hookimpl`. It may take
-fewer arguments than the hook offers.
+An implementation is a function (or a method of a plugin object) of the same name, marked with :data:`hookimpl`. It may
+take fewer arguments than the hook offers. The classes are protocols only so that a specification needs no body.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pluggy
 
@@ -27,30 +27,31 @@ hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
 
-class GlobalHooks:
+class GlobalHooks(Protocol):
     """Hooks of the whole process, for built-in plugins and packages with an entry point in the group ``embsearch``."""
 
     @hookspec
     def embsearch_register_algorithms(self) -> Sequence[type[AlgorithmConfig]]:
-        """Name algorithms. Runs once. Return config classes; each has a ``name`` of its own and builds its algorithm."""
-        raise AssertionError("a specification is never called")
+        """Name algorithms. Runs once per process, when an algorithm is first asked for by name. For anyone.
+
+        Return config classes; each has a ``name`` of its own and builds its algorithm.
+        """
 
     @hookspec
     def embsearch_find_collections(self, model: nn.Module) -> Sequence[FoundCollection]:
         """Find the collections in ``model`` that an adapter can search. Runs when a model is prepared or rewritten.
 
-        For adapters. Must not change the model. Raise ``UnsupportedCollection`` for one that is recognised but cannot be
-        searched. Two adapters that return the same module are an error.
+        For adapters. Must not change the model. Raise ``UnsupportedCollection`` for one that is recognised but cannot
+        be searched. Two collections that hold the same table are an error.
         """
-        raise AssertionError("a specification is never called")
 
     @hookspec
     def embsearch_build_supernet(self, collection: FoundCollection, space: SearchSpace) -> nn.Module | None:
         """Build the searchable form of a collection. Runs once per collection, when a model is prepared.
 
-        For the adapter that found it; every other adapter returns ``None``. The result keeps the collection's parameters.
+        For the adapter that found it; every other adapter returns ``None``. The result keeps the collection's own
+        parameters.
         """
-        raise AssertionError("a specification is never called")
 
     @hookspec
     def embsearch_build_compact(self, collection: FoundCollection, plan: Sequence[TablePlan]) -> nn.Module | None:
@@ -58,20 +59,17 @@ class GlobalHooks:
 
         For the adapter that found it; every other adapter returns ``None``.
         """
-        raise AssertionError("a specification is never called")
 
     @hookspec
     def embsearch_report_rows(self, plan: SizePlan) -> Mapping[str, str]:
         """Add rows, label to text, to the report of a run. Runs when a report is written. For anyone."""
-        raise AssertionError("a specification is never called")
 
     @hookspec
     def embsearch_register_observers(self, session: Session) -> Sequence[object]:
         """Return plugin objects that are to watch ``session``. Runs when a session starts. For anyone."""
-        raise AssertionError("a specification is never called")
 
 
-class SessionHooks:
+class SessionHooks(Protocol):
     """Hooks of one search. The algorithm is a plugin like the observers beside it, and answers first."""
 
     @hookspec
@@ -88,19 +86,17 @@ class SessionHooks:
 
         Must write gates through ``session.set_gates`` and touch nothing else of the model.
         """
-        raise AssertionError("a specification is never called")
 
     @hookspec
     def embsearch_after_step(self, session: Session, step: int, metrics: Mapping[str, float]) -> None:
-        """A search step was taken after weight step ``step``. For observers."""
+        """A search step that has metrics was taken after weight step ``step``. For observers."""
 
     @hookspec(firstresult=True)
     def embsearch_derive(self, session: Session, budget: Budget | None) -> SizePlan:
-        """Turn what was learned into a plan within ``budget``; ``None`` asks for the paper's own rule. For the algorithm.
+        """Turn what was learned into a plan within ``budget``; ``None`` asks for the paper's own rule.
 
-        Must change nothing: not the model, not the algorithm's state.
+        For the algorithm. Must change nothing: not the model, not the algorithm's state.
         """
-        raise AssertionError("a specification is never called")
 
     @hookspec
     def embsearch_plan_changed(self, session: Session, step: int, previous: SizePlan | None, current: SizePlan) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
 
 import pluggy
 from torch import nn
@@ -22,17 +23,32 @@ BUILTIN = (
 
 @cache
 def manager() -> pluggy.PluginManager:
-    """Return the process's plugin manager, with every plugin loaded and checked."""
+    """Return the process's plugin manager, with every plugin loaded and checked.
+
+    Raises:
+        EmbsearchError: where a package's plugin cannot be loaded, or implements a hook that does not exist.
+    """
     plugins = pluggy.PluginManager(PROJECT)
     plugins.add_hookspecs(GlobalHooks)
     for name in BUILTIN:
         plugins.register(import_module(name), name=name.rpartition(".")[2])
-    plugins.load_setuptools_entrypoints(PROJECT)
-    try:
-        plugins.check_pending()
-    except pluggy.PluginValidationError as error:
-        raise EmbsearchError(f"a plugin implements a hook that does not exist: {error}") from error
+    plugins.check_pending()
+    for entry_point in entry_points(group=PROJECT):
+        _load(plugins, entry_point)
     return plugins
+
+
+def _load(plugins: pluggy.PluginManager, entry_point: EntryPoint) -> None:
+    """Load one entry point. Unlike pluggy's own loader: name it where it fails, and skip none whose name is taken."""
+    try:
+        plugins.register(entry_point.load(), name=entry_point.name)
+        plugins.check_pending()
+    except Exception as error:
+        package = entry_point.dist.name if entry_point.dist else "an unknown package"
+        raise EmbsearchError(
+            f"the plugin {entry_point.name!r} ({entry_point.value}, of {package}) cannot be used: "
+            f"{type(error).__name__}: {error}\n  Possible solutions: 1) correct it  2) pip uninstall {package}."
+        ) from error
 
 
 @cache
@@ -41,12 +57,12 @@ def algorithms() -> dict[str, type[AlgorithmConfig]]:
     found: dict[str, type[AlgorithmConfig]] = {}
     for configs in manager().hook.embsearch_register_algorithms():
         for config in configs:
-            if config.name in found:
+            other = found.setdefault(config.name, config)
+            if other is not config:
                 raise AdapterConflict(
-                    f"the algorithm {config.name!r} is registered by {found[config.name].__module__} and by "
-                    f"{config.__module__}. Uninstall one, or give one another name."
+                    f"the algorithm {config.name!r} is registered twice: as {other!r} and as {config!r}. "
+                    "Uninstall one, or give one another name."
                 )
-            found[config.name] = config
     return found
 
 
@@ -58,8 +74,10 @@ def algorithm_config(algorithm: str | AlgorithmConfig) -> AlgorithmConfig:
     """
     if isinstance(algorithm, AlgorithmConfig):
         return algorithm
+    if not isinstance(algorithm, str):
+        raise UnknownAlgorithm(f"an algorithm is a name or a config object, such as es.Dnis(); got {algorithm!r}.")
     if algorithm not in algorithms():
-        raise UnknownAlgorithm(f"{algorithm!r}.{did_you_mean(str(algorithm), algorithms())}")
+        raise UnknownAlgorithm(f"{algorithm!r}.{did_you_mean(algorithm, algorithms())}")
     return algorithms()[algorithm]()
 
 
@@ -68,23 +86,25 @@ def find_collections(model: nn.Module) -> list[FoundCollection]:
 
     Raises:
         NoCollectionFound: where there is none.
-        AdapterConflict: where two adapters take the same module.
+        AdapterConflict: where two collections hold the same table: two adapters took a module, or a part of it.
     """
-    found: dict[int, FoundCollection] = {}
-    for collections in manager().hook.embsearch_find_collections(model=model):
-        for collection in collections:
-            other = found.setdefault(id(collection.module), collection)
+    found = [each for answer in manager().hook.embsearch_find_collections(model=model) for each in answer]
+    owners: dict[nn.Parameter, FoundCollection] = {}
+    for collection in found:
+        for parameter in collection.module.parameters():
+            other = owners.setdefault(parameter, collection)
             if other is not collection:
                 raise AdapterConflict(
-                    f"the adapters {other.adapter!r} and {collection.adapter!r} both take {collection.paths[0]!r}. "
-                    "Uninstall one of them."
+                    f"two collections hold the same table: {other.paths[0]!r}, found by the adapter {other.adapter!r}, "
+                    f"and {collection.paths[0]!r}, found by the adapter {collection.adapter!r}.\n"
+                    "  Possible solutions: 1) uninstall one of the adapters  2) give each collection its own tables."
                 )
     if not found:
         raise NoCollectionFound(
             f"no embedding collection in {type(model).__name__} ({sum(1 for _ in model.modules())} modules; adapters "
             f"tried: {', '.join(adapters())}).{_lookalikes(model)}"
         )
-    return list(found.values())
+    return found
 
 
 def adapters() -> list[str]:
@@ -120,6 +140,7 @@ def build_compact(collection: FoundCollection, plan: Sequence[TablePlan]) -> nn.
 def _only(answers: list[nn.Module], collection: FoundCollection) -> nn.Module:
     if len(answers) != 1:
         raise AdapterConflict(
-            f"exactly one adapter must build {collection.paths[0]!r}, found by {collection.adapter!r}; {len(answers)} did."
+            f"exactly one adapter must build {collection.paths[0]!r}, found by {collection.adapter!r}; "
+            f"{len(answers)} did."
         )
     return answers[0]

@@ -214,7 +214,7 @@ def test_what_is_decorated_must_give_a_module() -> None:
 
     with pytest.raises(SessionError, match=r"^forgets_to_return must return an nn\.Module; got NoneType\.$"):
         forgets_to_return()
-    with pytest.raises(SessionError, match="takes a function or an nn.Module class; got the class int"):
+    with pytest.raises(SessionError, match="got the class int"):
         es.searchable()(int)
     with pytest.raises(SessionError, match=r"prepare takes an nn\.Module; got str"):
         es.prepare("model")  # type: ignore[arg-type]
@@ -232,7 +232,7 @@ def test_preparing_twice_is_refused(make: Callable[[], nn.Module]) -> None:
     model = make()
     session = es.session(model)
     with pytest.raises(
-        UnsupportedCollection, match=r"'collection' is being searched already\. Use es\.session\(model\)"
+        UnsupportedCollection, match=r"'collection' is being searched already"
     ):
         es.prepare(model)
     assert es.session(model) is session
