@@ -105,7 +105,8 @@ def list_(what: str) -> None:
         click.echo("\n".join(adapters()))
         return
     for name, config in sorted(algorithms().items()):
-        click.echo(f"{name:<16}{(sys.modules[config.__module__].__doc__ or "").partition("\n")[0]}")
+        described = (sys.modules[config.__module__].__doc__ or "").partition("\n")[0]
+        click.echo(f"{name:<16}{described}")
 
 
 def _first_comment(path: Path) -> str:

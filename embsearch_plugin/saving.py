@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from embsearch_plugin.compact.collection import CompactEmbeddingBagCollection
 from embsearch_plugin.compact.rewrite import fill, put_in_place, slices_of
@@ -53,7 +53,7 @@ def save(model: nn.Module, plan: SizePlan, folder: str | Path) -> None:
             "  Possible solution: es.save(session.compact(plan), plan, folder)."
         )
     with atomic(folder / WEIGHTS) as temporary:
-        save_model(model, str(temporary))
+        save_file(_unique(model), temporary)
     plan.save(folder / PLAN)
 
 
@@ -66,7 +66,23 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
     folder = Path(folder)
     model = apply(model, SizePlan.load(folder / PLAN))
     try:
-        load_model(model, folder / WEIGHTS)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise PlanError(f"cannot load {folder / WEIGHTS} into this model: {error}") from error
+        weights = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise PlanError(f"cannot read {folder / WEIGHTS}: {error}. Save the model again.") from error
+    wanted = _unique(model).keys()
+    if wanted != weights.keys():
+        missing, extra = sorted(wanted - weights.keys()), sorted(weights.keys() - wanted)
+        raise PlanError(f"{folder / WEIGHTS} is for another model: it lacks {missing[:3]} and has {extra[:3]} besides.")
+    try:
+        model.load_state_dict(weights, strict=False, assign=any(p.is_meta for p in model.parameters()))
+    except RuntimeError as error:
+        raise PlanError(f"{folder / WEIGHTS} is for another model: {error}") from error
     return model
+
+
+def _unique(model: nn.Module) -> dict[str, Tensor]:
+    """Return the model's state with one name per tensor, though aliases have several, each with memory of its own."""
+    named: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        named.setdefault(id(tensor), (name, tensor))
+    return {name: tensor.detach().clone() for name, tensor in named.values()}

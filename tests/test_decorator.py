@@ -231,9 +231,7 @@ def test_a_misspelt_option_fails_where_it_is_written() -> None:
 def test_preparing_twice_is_refused(make: Callable[[], nn.Module]) -> None:
     model = make()
     session = es.session(model)
-    with pytest.raises(
-        UnsupportedCollection, match=r"'collection' is being searched already"
-    ):
+    with pytest.raises(UnsupportedCollection, match=r"'collection' is being searched already"):
         es.prepare(model)
     assert es.session(model) is session
 

@@ -130,7 +130,7 @@ def test_a_model_without_a_collection_is_shown_what_looks_like_one() -> None:
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], str]:
-    """Return a function that installs a package ``theirs`` with a plugin of some name and source; it gives the module."""
+    """Return a function that installs a package ``theirs`` with a plugin of some name and source; gives its module."""
 
     def install(name: str, source: str) -> str:
         module = f"theirs_{len(list(tmp_path.glob('*.py')))}"

@@ -50,6 +50,10 @@ class Batches(ABC):
         yield from self._cut(None if self._seed is None else np.random.default_rng((self._seed, epoch)))
         self.epoch = epoch + 1
 
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch the next iteration is, as for PyTorch's DistributedSampler."""
+        self.epoch = epoch
+
     @abstractmethod
     def _cut(self, shuffle: np.random.Generator | None) -> Iterator[Batch]:
         """Yield the batches of one epoch: shuffled by the generator, or in the data's own order."""

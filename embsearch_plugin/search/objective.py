@@ -1,7 +1,9 @@
 """What a model returns for a batch, and running it without leaving a trace."""
 
+import copy
+import dataclasses
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -39,11 +41,12 @@ def outcome_of(objective: Objective, model: nn.Module, batch: Any) -> Outcome:
         if objective is train_task:
             raise ObjectiveError(_advice(model, f"a TypeError: {error}")) from error
         raise
+    flat = returned
     if isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], tuple) and len(returned[1]) == 3:
-        returned = (returned[0], *returned[1][1:])
-    if not isinstance(returned, tuple) or len(returned) != 3 or not all(isinstance(t, Tensor) for t in returned):
+        flat = (returned[0], *returned[1][1:])
+    if not isinstance(flat, tuple) or len(flat) != 3 or not all(isinstance(item, Tensor) for item in flat):
         raise ObjectiveError(_advice(model, _shape_of(returned)))
-    loss, logits, labels = returned
+    loss, logits, labels = flat
     if loss.numel() != 1:
         raise ObjectiveError(_advice(model, f"a loss of shape {tuple(loss.shape)}, not one number"))
     return Outcome(loss.reshape(()), logits, labels)
@@ -51,67 +54,84 @@ def outcome_of(objective: Objective, model: nn.Module, batch: Any) -> Outcome:
 
 def _advice(model: nn.Module, got: str) -> str:
     return (
-        f"{type(model).__name__} must return `loss, (loss, logits, labels)` for a batch, TorchRec's convention; got {got}.\n"
-        "  Possible solutions: 1) prepare the train task around the model (as DLRMTrain)  2) give objective=, a function "
-        "(model, batch) -> (loss, logits, labels), to searchable or prepare."
+        f"{type(model).__name__} must return `loss, (loss, logits, labels)` for a batch, TorchRec's convention; "
+        f"got {got}.\n  Possible solutions: 1) prepare the train task around the model (as DLRMTrain)  "
+        "2) give objective=, a function (model, batch) -> (loss, logits, labels), to searchable or prepare."
     )
 
 
 def _shape_of(value: Any) -> str:
     if isinstance(value, tuple):
-        return f"a tuple of {', '.join(_shape_of(item) for item in value)}" if value else "an empty tuple"
+        return f"({', '.join(_shape_of(item) for item in value)})"
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 @contextmanager
 def untouched(model: nn.Module, exclude: Iterable[nn.Module], seed: int) -> Iterator[None]:
-    """Restore buffers (batch norm) and every random state afterwards; inside, torch's random numbers come from ``seed``.
+    """Restore buffers (batch norm) and every random state afterwards; inside, random numbers come from ``seed``.
 
     Args:
         model: whose buffers are restored.
         exclude: modules whose buffers cannot change inside and may be large (the tables).
         seed: of the numbers drawn inside.
     """
-    skipped = {id(module) for root in exclude for module in root.modules()}
+    skipped = {module for root in exclude for module in root.modules()}
     saved = [
-        (module, name, buffer, buffer.clone())
+        (module._buffers, [(name, b, None if b is None else b.clone()) for name, b in module._buffers.items()])
         for module in model.modules()
-        if id(module) not in skipped
-        for name, buffer in module._buffers.items()
-        if buffer is not None
+        if module not in skipped
     ]
     try:
         with private_random(seed):
             yield
     finally:
         with torch.no_grad():
-            for module, name, buffer, value in saved:
-                module._buffers[name] = buffer.copy_(value)
+            for buffers, before in saved:
+                restored = {name: b if b is None or value is None else b.copy_(value) for name, b, value in before}
+                buffers.clear()  # a module may have assigned or registered others
+                buffers.update(restored)
 
 
 @contextmanager
-def private_random(seed: int) -> Iterator[None]:
-    """Draw torch's random numbers from ``seed`` inside; restore every random state (torch, NumPy, Python) afterwards."""
+def private_random(seed: int, generators: Iterable[torch.Generator] = ()) -> Iterator[None]:
+    """Draw random numbers (torch, NumPy, Python) from ``seed`` inside; restore every random state afterwards.
+
+    Args:
+        seed: of the numbers drawn inside.
+        generators: others to draw from ``seed`` and to restore.
+    """
+    seed %= 2**32  # as NumPy wants it
     python_state, numpy_state = random.getstate(), np.random.get_state()
+    # There are no CUDA generators before CUDA is in use, and using it is not for us to begin.
+    states = [(g, g.get_state()) for g in (torch.default_generator, *torch.cuda.default_generators, *generators)]
     try:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            yield
+        random.seed(seed)
+        np.random.seed(seed)
+        for generator, _ in states:
+            generator.manual_seed(seed)
+        yield
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
+        for generator, state in states:
+            generator.set_state(state)
 
 
 def move(batch: Any, device: torch.device) -> Any:
-    """Move a batch to ``device``: anything with ``to``, and tuples, lists and dicts of such."""
-    if hasattr(batch, "to"):
+    """Move a batch to ``device``: anything with ``to``; tuples, lists, dicts and dataclasses of such, type by type."""
+    if callable(getattr(batch, "to", None)):
         return batch.to(device)
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(move(item, device) for item in batch))
-    if isinstance(batch, Mapping):
-        return {key: move(item, device) for key, item in batch.items()}
-    if isinstance(batch, Sequence) and not isinstance(batch, str):
-        return type(batch)(move(item, device) for item in batch)  # type: ignore[call-arg]
+    if isinstance(batch, list | tuple):
+        return type(batch)(move(item, device) for item in batch)
+    if isinstance(batch, MutableMapping):
+        moved = copy.copy(batch)
+        moved.update({key: move(item, device) for key, item in batch.items()})
+        return moved
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        fields = [field.name for field in dataclasses.fields(batch) if field.init]
+        return dataclasses.replace(batch, **{name: move(getattr(batch, name), device) for name in fields})
     return batch
 
 

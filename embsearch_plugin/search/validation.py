@@ -3,25 +3,27 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
+
 from embsearch_plugin.errors import AttachError
 from embsearch_plugin.search.objective import private_random
 
 
 class ValidationStream:
-    """Cycles over a validation loader.
+    """Cycles over a loader.
 
     Args:
         loader: any iterable that can be iterated again.
         seed: for the order of a shuffling loader.
 
     Raises:
-        AttachError: where the loader is empty, or can be iterated only once.
+        AttachError: where the loader can be iterated only once.
     """
 
     def __init__(self, loader: Iterable[Any], seed: int) -> None:
-        if iter(loader) is loader:
+        if not isinstance(loader, Iterable) or isinstance(loader, Iterator):
             raise AttachError(
-                "the validation loader must start anew when it ends; got an iterator, which ends for good.\n"
+                f"a loader of batches must start anew when it ends; got a {type(loader).__name__}.\n"
                 "  Possible solution: give the DataLoader (or a list of batches) itself, not iter(loader)."
             )
         self.loader, self.seed = loader, seed
@@ -29,19 +31,30 @@ class ValidationStream:
         self._iterator: Iterator[Any] | None = None
 
     def next(self) -> Any:
-        """Return the next batch; start anew at the end."""
+        """Return the next batch; start anew at the end.
+
+        Raises:
+            AttachError: where the loader is empty.
+        """
         for _ in range(2):
-            with private_random(self.seed + self.passes):
+            with private_random(self.seed + 1_000_003 * self.passes + self.taken, _generators(self.loader)):
                 if self._iterator is None:
-                    self._iterator = iter(self.loader)
+                    self._iterator = self._new_pass()
                 for batch in self._iterator:
                     self.taken += 1
                     return batch
             self._iterator, self.taken, self.passes = None, 0, self.passes + 1
         raise AttachError(
-            "the validation loader gave no batch; a search step needs at least one.\n"
+            "the loader gave no batch; a search step needs at least one.\n"
             "  Possible solutions: 1) drop_last=False  2) a smaller batch size  3) a larger validation split."
         )
+
+    def _new_pass(self) -> Iterator[Any]:
+        """Start anew; loaders and samplers that shuffle by epoch (as DistributedSampler) are told which it is."""
+        for owner in (self.loader, getattr(self.loader, "sampler", None)):
+            if hasattr(owner, "set_epoch"):
+                owner.set_epoch(self.passes)
+        return iter(self.loader)
 
     def state_dict(self) -> dict[str, int]:
         """Return the position."""
@@ -52,3 +65,9 @@ class ValidationStream:
         self.passes, self.taken, self._iterator = state["passes"], 0, None
         for _ in range(state["taken"]):
             self.next()
+
+
+def _generators(loader: Iterable[Any]) -> set[torch.Generator]:
+    """Return the generators that a DataLoader and its sampler were given: training may draw from the same ones."""
+    given = (getattr(owner, "generator", None) for owner in (loader, getattr(loader, "sampler", None)))
+    return {generator for generator in given if isinstance(generator, torch.Generator)}

@@ -4,7 +4,7 @@ Shapes: B examples, F features, S cells. A *cell* of a feature is a row block of
 several tables, it is a combination of their blocks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -96,18 +96,20 @@ class SplitBags:
     share: Tensor
 
 
-def split_by_cell(names: Sequence[str], bags: Sequence[JaggedTensor], cells: Sequence[Tensor], size: int) -> SplitBags:
-    """Split bags by the cell of their ids, keeping the order of ids within a cell.
+def split_by_cell(bags: Mapping[str, JaggedTensor], cells: Sequence[Tensor], size: int) -> SplitBags:
+    """Split bags by the cell of their ids, keeping the order of ids within a cell, and the order of the features.
+
+    TorchRec's sharded collection remembers the order of the features of its first batch, so every batch must keep it.
 
     Args:
-        names: (F,) the features.
-        bags: their bags of ids, (F,) x B.
+        bags: the bags of every feature, (F,) x B.
         cells: per feature the cell of each of its ids, (n,).
         size: S, the number of cells.
     """
-    n_features, batch = len(names), bags[0].lengths().numel()
-    lengths = torch.cat([bag.lengths() for bag in bags])
-    weights = [bag.weights_or_none() for bag in bags]
+    n_features = len(bags)
+    lengths = torch.cat([bag.lengths() for bag in bags.values()])
+    batch = lengths.numel() // n_features
+    weights = [bag.weights_or_none() for bag in bags.values()]
     # FBGEMM's bucketize sorts by id; given the cell as the "id", it sorts the real ids by cell. Its result is cell-major
     # over all features, and is then permuted to be feature-major.
     new_lengths, _, _, _, place = torch.ops.fbgemm.block_bucketize_sparse_features(
@@ -118,7 +120,7 @@ def split_by_cell(names: Sequence[str], bags: Sequence[JaggedTensor], cells: Seq
         block_sizes=torch.ones(n_features, dtype=lengths.dtype, device=lengths.device),
         my_size=size,
     )
-    ids = _scatter(torch.cat([bag.values() for bag in bags]), place)
+    ids = _scatter(torch.cat([bag.values() for bag in bags.values()]), place)
     spread = _scatter(torch.cat([w for w in weights if w is not None]), place) if weights[0] is not None else None
     order = torch.arange(size * n_features, dtype=torch.int32, device=lengths.device).view(size, n_features).t()
     split_lengths, ids, spread = torch.ops.fbgemm.permute_2D_sparse_data(
@@ -126,7 +128,7 @@ def split_by_cell(names: Sequence[str], bags: Sequence[JaggedTensor], cells: Seq
     )
     counts = split_lengths.view(n_features, size, batch)
     features = KeyedJaggedTensor(
-        keys=list(names), values=ids, weights=spread, lengths=split_lengths.flatten(), stride=size * batch
+        keys=list(bags), values=ids, weights=spread, lengths=split_lengths.flatten(), stride=size * batch
     )
     return SplitBags(features, counts / counts.sum(1, keepdim=True).clamp(min=1))
 

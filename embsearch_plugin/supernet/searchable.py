@@ -187,10 +187,10 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     def _pool_split(self, bags: Mapping[str, JaggedTensor]) -> Tensor:
         """Pool bags of any length, block by block: (B, sum of dims)."""
         cells, digits, size = self._cells(bags)
-        split = split_by_cell(self._features, [bags[f] for f in self._features], cells, size)
+        split = split_by_cell(bags, cells, size)
         pooled = self._looked_up(split.features).view(size, -1, sum(s.dim for s in self.slots))
         if any(slot.mean for slot in self.slots):
-            pooled = pooled * self._mean_shares(split.share)
+            pooled = pooled * self._mean_shares(dict(zip(bags, split.share, strict=True)))
         gates = self._current()
         rows = torch.cat([gates[slot.table].index_select(0, digits[slot]) for slot in self.slots], dim=1)
         total = pooled[0] * rows[0]
@@ -200,33 +200,33 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
 
     def _cells(self, bags: Mapping[str, JaggedTensor]) -> tuple[list[Tensor], dict[Slot, Tensor], int]:
         """Return the cell of each id per feature; per slot, the block that each of the S cells stands for; and S."""
-        by_feature = {f: [slot for slot in self.slots if slot.feature == f] for f in self._features}
+        by_feature = {f: [slot for slot in self.slots if slot.feature == f] for f in bags}
         blocks = {slot: self.get_buffer(f"gate_{slot.table}").shape[0] for slot in self.slots}
         size = max(prod(blocks[slot] for slot in slots) for slots in by_feature.values())
         cells, digits = [], {}
-        for slots in by_feature.values():
-            cell, base = torch.zeros((), dtype=torch.int64, device=self.device), 1
+        for feature, slots in by_feature.items():
+            cell, base = torch.zeros_like(bags[feature].values(), dtype=torch.int64), 1
             for slot in slots:
                 cell = cell + self._blocks_of(slot, bags).long() * base
-                numbers = torch.arange(size, device=self.device)
+                numbers = torch.arange(size, device=cell.device)
                 digits[slot] = (numbers // base) % blocks[slot]
                 base *= blocks[slot]
             cells.append(cell)
         return cells, digits, size
 
-    def _mean_shares(self, share: Tensor) -> Tensor:
+    def _mean_shares(self, shares: Mapping[str, Tensor]) -> Tensor:
         """Per cell, bag and column: the factor that makes a mean over the cell's ids a part of the mean over the bag.
 
         Args:
-            share: (F, S, B).
+            shares: per feature (S, B).
 
         Returns:
             (S, B, sum of dims); one where a table is summed.
         """
         columns = [
-            share[self._features.index(slot.feature)] if slot.mean else torch.ones_like(share[0]) for slot in self.slots
+            shares[slot.feature] if slot.mean else torch.ones_like(shares[slot.feature]) for slot in self.slots
         ]
-        repeats = torch.tensor([slot.dim for slot in self.slots], device=share.device)
+        repeats = torch.tensor([slot.dim for slot in self.slots], device=columns[0].device)
         return torch.stack(columns, dim=-1).repeat_interleave(repeats, dim=-1)
 
     def _pool_virtual(self, bags: Mapping[str, JaggedTensor], rows: VirtualRows, gates: Sequence[Tensor]) -> Tensor:

@@ -1,0 +1,1 @@
+"""An algorithm and an observer for embsearch-plugin, in a package of their own."""

@@ -1,0 +1,91 @@
+"""Frequency: frequent rows keep more columns, and nothing is learned.
+
+A rule of thumb, as a baseline. By Zipf's law the row of rank r is looked up in proportion to 1 / r, so the share of a
+row block in a table's lookups follows from the ranks it holds. What d columns are worth grows more slowly than d.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from math import log1p
+from typing import Any, ClassVar
+
+import embsearch_plugin as es
+from embsearch_plugin.algorithms.base import AlgorithmConfig
+from embsearch_plugin.budget import Option, TableOptions, allocate
+from embsearch_plugin.plan import TablePlan, remap_bytes
+from embsearch_plugin.search.tables import SearchTable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frequency(AlgorithmConfig):
+    """Settings of the rule.
+
+    Args:
+        power: d columns of a row are worth ``d ** power``; below one, so that each further column is worth less.
+    """
+
+    name: ClassVar[str] = "frequency"
+    power: float = 0.5
+
+    def build(self) -> "FrequencySearch":
+        """Return the algorithm of one session."""
+        return FrequencySearch(self)
+
+
+class FrequencySearch:
+    """The rule in one session. Its gates stay at one, where they start."""
+
+    def __init__(self, config: Frequency) -> None:
+        self.config = config
+
+    @es.hookimpl
+    def embsearch_search_step(self, session: es.Session, batch: Any) -> Mapping[str, float]:
+        """Learn nothing; report the validation loss."""
+        return {"loss": float(session.evaluate(batch, session.gates).loss)}
+
+    @es.hookimpl
+    def embsearch_derive(self, session: es.Session, budget: es.Budget | None) -> es.SizePlan:
+        """Choose the dims that are worth most within the budget; the rule has no size of its own."""
+        budget = budget or session.budget
+        options = [self._options(table, session.space, budget.unit) for table in session.tables]
+        chosen = allocate(options, budget.limit(session.original_bytes), budget.unit)
+        plans = [_plan(table, dims) for table, dims in zip(session.tables, chosen, strict=True)]
+        return es.SizePlan(tuple(plans), session.space.align)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: there is nothing to go on from."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from nothing."""
+
+    def _options(self, table: SearchTable, space: es.SearchSpace, unit: str) -> TableOptions:
+        """Offer every dim for the whole table, and for each row block by itself; then rows need a remap."""
+        shares = _shares(table.blocks.sizes)
+        dims, weight = space.dims(table.spec.dim), table.spec.dtype.itemsize if unit == "bytes" else 1
+
+        def of(rows: int, share: float) -> tuple[Option, ...]:
+            return tuple(Option(dim, rows * dim * weight, share * dim**self.config.power) for dim in dims)
+
+        blocks = tuple(of(rows, share) for rows, share in zip(table.blocks.sizes, shares, strict=True))
+        remap = remap_bytes(table.spec) if unit == "bytes" else 0
+        return TableOptions(str(table.spec), of(table.spec.rows, 1.0), blocks if len(blocks) > 1 else (), remap)
+
+
+def _shares(sizes: Sequence[int]) -> list[float]:
+    """Return the share of each row block in the lookups of a table."""
+    edges = [0, *accumulate(sizes)]
+    return [(log1p(end) - log1p(start)) / log1p(edges[-1]) for start, end in pairwise(edges)]
+
+
+def _plan(table: SearchTable, dims: Sequence[int]) -> TablePlan:
+    blocks = range(len(table.blocks.sizes))
+    per_block = dims if len(dims) > 1 else list(dims) * len(blocks)
+    return TablePlan.nested(table.spec, per_block, [table.blocks.rows_of(block) for block in blocks])
+
+
+@es.hookimpl
+def embsearch_register_algorithms() -> Sequence[type[AlgorithmConfig]]:
+    """Register the rule."""
+    return [Frequency]

@@ -1,0 +1,97 @@
+"""Recipes: read as a whole, every problem at once, and back again."""
+
+from pathlib import Path
+
+import pytest
+
+from embsearch_plugin.errors import RecipeError
+from embsearch_plugin.recipes import load_recipe, parse_recipe, to_plain, to_yaml
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+MINIMAL = {"data": "planted", "model": "dlrm", "search": {"algorithm": "dnis"}}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_read_and_says_what_it_shows(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert parse_recipe(to_plain(recipe), "itself") == recipe
+    assert path.read_text().startswith("# ")
+
+
+def test_resolved_recipes_spell_out_every_default(tmp_path: Path) -> None:
+    (tmp_path / "resolved.yaml").write_text(to_yaml(parse_recipe(MINIMAL, "minimal")))
+    assert load_recipe(tmp_path / "resolved.yaml") == parse_recipe(MINIMAL, "minimal")
+    assert "patience: 2" in to_yaml(parse_recipe(MINIMAL, "minimal"))
+
+
+def test_overrides_reach_every_field() -> None:
+    recipe = load_recipe(
+        RECIPES[0],
+        ["train.epochs=3", "search.algorithm.lr=0.5", "search.space.row_blocks=[0.5, 0.5]", "search.budget=2MiB"],
+    )
+    assert recipe.train.epochs == 3
+    assert (recipe.search.algorithm.lr, recipe.search.space.row_blocks) == (0.5, (0.5, 0.5))
+    assert recipe.search.budget == "2MiB"
+
+
+def test_all_problems_are_listed_at_once() -> None:
+    bad = {
+        "data": {"name": "planted", "exmples": 3},
+        "model": "dlrmm",
+        "search": {"algorithm": {"name": "dnis", "lr": "x"}, "space": {"row_blocks": "x", "blcks": 3}},
+        "train": {"epochs": "x", "lr": True, "fused": 3},
+        "sed": 1,
+    }
+    with pytest.raises(RecipeError) as error:
+        parse_recipe(bad, "bad.yaml")
+    for part in (
+        "9 problems in bad.yaml",
+        "extra field 'exmples'. Did you mean 'examples'?",
+        "@ recipe.data",
+        "unknown name 'dlrmm'. Did you mean 'dlrm'?",
+        "expected float, got 'x' @ recipe.search.algorithm.lr",
+        "expected int, got 'x' @ recipe.search.space.row_blocks",
+        "extra field 'blcks'. Did you mean 'row_blocks'?",
+        "expected int, got 'x' @ recipe.train.epochs",
+        "expected float, got True @ recipe.train.lr",
+        "@ recipe.train.fused",
+        "extra field 'sed'. Did you mean 'seed'?",
+    ):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("search", "message"),
+    [
+        ({"algorithm": "dniss"}, "unknown name 'dniss'. Did you mean 'dnis'?"),
+        ({"algorithm": "dnis", "budget": "200%"}, "at most 100 %"),
+        ({"algorithm": "dnis", "budget": "0%"}, "above zero"),
+        ({"algorithm": "dnis", "budget": "-3%"}, "above zero"),
+        ({"algorithm": "dnis", "budget": "lots"}, "cannot read the budget 'lots'"),
+        ({"algorithm": {"name": "dnis", "warm_up": -1}}, "warm_up must be at least 0"),
+        ({"algorithm": "dnis", "space": {"row_blocks": [0.1]}}, "positive shares that sum to 1"),
+        ({}, "required field 'algorithm' is missing"),
+    ],
+)
+def test_values_that_make_no_sense_are_named(search: dict[str, object], message: str) -> None:
+    with pytest.raises(RecipeError, match="problem in r.yaml") as error:
+        parse_recipe({**MINIMAL, "search": search}, "r.yaml")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("a: [", "is not YAML"), ("- 1", "must hold a mapping"), ("", "must hold a mapping"), ("!!python/object:os.x {}", "is not YAML")],
+)
+def test_files_that_are_no_recipe(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(content)
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(tmp_path / "r.yaml")
+    with pytest.raises(RecipeError, match="cannot read the recipe .*: No such file"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("override", ["train.epochs", "=3", "train.epochs=[", "seed.x=3"])
+def test_overrides_that_make_no_sense(override: str) -> None:
+    with pytest.raises(RecipeError, match="override"):
+        load_recipe(RECIPES[0], [override])
