@@ -183,9 +183,7 @@ def _from_marks(parameter: nn.Parameter) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def carry_state(
-    old: FusedEmbeddingBags, new: FusedEmbeddingBags, slices: Mapping[str, Sequence[tuple[str, Slice]]]
-) -> None:
+def carry_state(old: FusedEmbeddingBags, new: FusedEmbeddingBags, slices: Mapping[str, Sequence[tuple[str, Slice]]]) -> None:
     """Copy optimizer state of old tables to the new tables that keep parts of them.
 
     Args:

@@ -95,7 +95,7 @@ def carried_state(state: dict[str, Any], shape: torch.Size, part: Slice) -> dict
     """Return the state of a new parameter; empty, so that the optimizer starts anew, where it cannot be carried over."""
     carried: dict[str, Any] = {}
     for name, value in state.items():
-        if not isinstance(value, Tensor) or value.numel() <= 1 and value.dim() == 0:
+        if not isinstance(value, Tensor) or (value.numel() <= 1 and value.dim() == 0):
             carried[name] = value.clone() if isinstance(value, Tensor) else value
             continue
         moments = part.moments(name, value) if value.shape[0] == shape[0] else None

@@ -215,9 +215,7 @@ class SizePlan:
         """A table a person can read: rows, dims per block, bytes before and after."""
         lines = [f"{'table':<32}{'rows':>12}{'bytes before':>14}{'after':>12}  blocks (rows x dim)"]
         for plan in self.tables:
-            blocks = "  ".join(f"{b.rows:,} x {b.dim:g}" for b in plan.blocks) + (
-                "  fine" if plan.mask is not None else ""
-            )
+            blocks = "  ".join(f"{b.rows:,} x {b.dim:g}" for b in plan.blocks) + ("  fine" if plan.mask is not None else "")
             before, after = human_bytes(plan.table.size_bytes), human_bytes(plan.size_bytes)
             lines.append(f"{str(plan.table)[-31:]:<32}{plan.table.rows:>12,}{before:>14}{after:>12}  {blocks}")
         share = self.size_bytes / self.original_bytes if self.original_bytes else 1.0
@@ -269,15 +267,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise PlanError(f"cannot read the size plan {path}: {error.strerror}.") from error
     except ValueError as error:
-        raise PlanError(
-            f"{path} is not a whole size plan ({error}); it may have been cut short. Save it again."
-        ) from error
+        raise PlanError(f"{path} is not a whole size plan ({error}); it may have been cut short. Save it again.") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise PlanError(f"{path} is not a size plan: it must hold an object with format {FORMAT!r}.")
     if data.get("version") != VERSION:
-        raise PlanError(
-            f"{path} has format version {data.get('version')!r}; this version of the plugin reads {VERSION}."
-        )
+        raise PlanError(f"{path} has format version {data.get('version')!r}; this version of the plugin reads {VERSION}.")
     missing = {"align", "sidecar", "tables", "size_bytes"} - data.keys()
     if missing:
         raise PlanError(f"{path} is not a whole size plan: {', '.join(sorted(missing))} missing.")
@@ -319,9 +313,7 @@ def mismatch(tables: Sequence[Table], plan: SizePlan) -> str:
     lines += [f"the model has {name!r}, the plan has not" for name in sorted(present.keys() - planned.keys())]
     for name in sorted(planned.keys() & present.keys()):
         if planned[name] != present[name]:
-            lines.append(
-                f"{name!r} is {_describe(planned[name])} in the plan and {_describe(present[name])} in the model"
-            )
+            lines.append(f"{name!r} is {_describe(planned[name])} in the plan and {_describe(present[name])} in the model")
     shown = "; ".join(lines[:4]) + ("; ..." if len(lines) > 4 else "") or "the tables stand in another order"
     return f"this size plan is for another model: {shown}.\n  Possible solution: derive a plan from a search on this model."
 

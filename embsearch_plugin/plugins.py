@@ -122,9 +122,7 @@ def _lookalikes(model: nn.Module) -> str:
     if not lookalikes:
         return "\n  Possible solution: prepare the module that holds the EmbeddingBagCollection."
     shown = ", ".join(lookalikes[:3]) + (", ..." if len(lookalikes) > 3 else "")
-    return (
-        f"\n  Looks like one but no adapter takes it: {shown}. Put its tables into a torchrec EmbeddingBagCollection."
-    )
+    return f"\n  Looks like one but no adapter takes it: {shown}. Put its tables into a torchrec EmbeddingBagCollection."
 
 
 def build_supernet(collection: FoundCollection, space: SearchSpace) -> nn.Module:
@@ -140,7 +138,6 @@ def build_compact(collection: FoundCollection, plan: Sequence[TablePlan]) -> nn.
 def _only(answers: list[nn.Module], collection: FoundCollection) -> nn.Module:
     if len(answers) != 1:
         raise AdapterConflict(
-            f"exactly one adapter must build {collection.paths[0]!r}, found by {collection.adapter!r}; "
-            f"{len(answers)} did."
+            f"exactly one adapter must build {collection.paths[0]!r}, found by {collection.adapter!r}; {len(answers)} did."
         )
     return answers[0]

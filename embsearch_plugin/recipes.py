@@ -111,12 +111,8 @@ def parse_recipe(content: Mapping[str, Any], source: str) -> Recipe:
         recipe = _converter().structure(content, Recipe)
         Budget.of(recipe.search.budget)
     except (cattrs.BaseValidationError, cattrs.StructureHandlerNotFoundError) as error:
-        problems = [
-            problem.replace("$", "recipe") for problem in cattrs.transform_error(error, format_exception=_message)
-        ]
-        raise RecipeError(
-            f"{len(problems)} problem{'s' * (len(problems) > 1)} in {source}: {'; '.join(problems)}."
-        ) from error
+        problems = [problem.replace("$", "recipe") for problem in cattrs.transform_error(error, format_exception=_message)]
+        raise RecipeError(f"{len(problems)} problem{'s' * (len(problems) > 1)} in {source}: {'; '.join(problems)}.") from error
     except EmbsearchError as error:
         raise RecipeError(f"1 problem in {source}: {error}") from error
     return recipe
@@ -150,9 +146,7 @@ def _override(content: dict[str, Any], override: str) -> None:
         if isinstance(inner, str):  # `algorithm: dnis` is short for `algorithm: {name: dnis}`
             inner = content[parent] = {"name": inner}
         if not isinstance(inner, dict):
-            raise RecipeError(
-                f"the override {override!r} goes into {parent!r}, which is {inner!r} and holds no fields."
-            )
+            raise RecipeError(f"the override {override!r} goes into {parent!r}, which is {inner!r} and holds no fields.")
         content = inner
     content[last] = value
 
@@ -197,9 +191,7 @@ def _one_of(converter: cattrs.Converter, value: object, union: object) -> object
     return converter.structure(value, (fitting or options)[0])
 
 
-def _by_name(
-    converter: cattrs.Converter, known: Callable[[], Mapping[str, type]]
-) -> Callable[[object, object], object]:
+def _by_name(converter: cattrs.Converter, known: Callable[[], Mapping[str, type]]) -> Callable[[object, object], object]:
     def structure(value: object, _: object) -> object:
         given = {"name": value} if isinstance(value, str) else dict(value) if isinstance(value, dict) else {}
         name = given.pop("name", None)
@@ -214,9 +206,7 @@ def _by_name(
 def _message(error: BaseException, cls: type | None) -> str:
     if isinstance(error, cattrs.ForbiddenExtraKeysError):
         known = [f.name for f in fields(error.cl)]
-        return "; ".join(
-            f"extra field {key!r}.{did_you_mean(key, known)}".rstrip(".") for key in sorted(error.extra_fields)
-        )
+        return "; ".join(f"extra field {key!r}.{did_you_mean(key, known)}".rstrip(".") for key in sorted(error.extra_fields))
     if isinstance(error, KeyError):
         return f"required field {error.args[0]!r} is missing"
     return str(error).rstrip(".")

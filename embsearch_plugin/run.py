@@ -49,7 +49,8 @@ class Course:
     @hookimpl
     def embsearch_after_step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add a search step."""
-        self._sum = {name: self._sum.get(name, 0.0) + value for name, value in metrics.items()}
+        for name, value in metrics.items():
+            self._sum[name] = self._sum.get(name, 0.0) + value
         self._seen += 1
         if self._seen == self.every:
             self.rows.append({"step": step, **{name: value / self.every for name, value in self._sum.items()}})
@@ -131,9 +132,7 @@ def run(recipe: Recipe, folder: Path, *, resume: bool = False, watcher: Watcher 
         ],
         "stages": {"dense": dense_history, **histories},
         "search": {"algorithm": recipe.search.algorithm.name, "course": course.rows},
-        "rows": {
-            label: text for rows in manager().hook.embsearch_report_rows(plan=plan) for label, text in rows.items()
-        },
+        "rows": {label: text for rows in manager().hook.embsearch_report_rows(plan=plan) for label, text in rows.items()},
     }
     write_json(folder / "metrics.json", metrics)
     write_report(folder)
@@ -162,9 +161,7 @@ def _search(this: Run) -> tuple[SizePlan, nn.Module, Course, dict[str, list[Epoc
     )
     session.register(course)
     session.attach(optimizer, this.data.batches("validation", this.recipe.train.batch_size, seed=this.recipe.seed))
-    history = converge(
-        this.stage("search", model, optimizer, session=session, observers={"course": course}), this.watcher
-    )
+    history = converge(this.stage("search", model, optimizer, session=session, observers={"course": course}), this.watcher)
     plan = session.derive()
     session.compact(plan)
     tuned = converge(this.stage("fine-tune", model, optimizer), this.watcher)
@@ -181,9 +178,7 @@ def _budget(recipe: Recipe, plan: SizePlan) -> dict[str, Any]:
     return {"text": str(budget), "bytes": budget.limit(plan.original_bytes)}
 
 
-def _model_row(
-    this: Run, name: str, model: nn.Module, size: int, histories: Mapping[str, list[Epoch]]
-) -> dict[str, Any]:
+def _model_row(this: Run, name: str, model: nn.Module, size: int, histories: Mapping[str, list[Epoch]]) -> dict[str, Any]:
     """Say what a model cost and how good it is. The only place that reads the test split."""
     batch_size = this.recipe.train.batch_size
     epochs = [row for history in histories.values() for row in history[1:]]

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from math import isclose
 from typing import Literal
 
@@ -48,9 +48,7 @@ class SearchSpace:
         if self.scope not in ("table", "global"):
             raise SpaceError(f"scope must be 'table' or 'global'; got {self.scope!r}.")
         if self.align < 1 or self.min_block_rows < 1:
-            raise SpaceError(
-                f"align and min_block_rows must be at least 1; got {self.align} and {self.min_block_rows}."
-            )
+            raise SpaceError(f"align and min_block_rows must be at least 1; got {self.align} and {self.min_block_rows}.")
 
     @property
     def shares(self) -> tuple[float, ...]:
@@ -68,7 +66,7 @@ class SearchSpace:
             if edge - kept[-1] >= self.min_block_rows and rows - edge >= self.min_block_rows:
                 kept.append(edge)
         kept.append(rows)
-        return tuple(right - left for left, right in zip(kept, kept[1:], strict=False))
+        return tuple(right - left for left, right in pairwise(kept))
 
     def chunk_widths(self, dim: int) -> tuple[int, ...]:
         """Cut ``dim`` columns into chunks; return their widths (T,), which sum to ``dim``."""
@@ -76,9 +74,7 @@ class SearchSpace:
             return _halve(dim, self.align)
         if isinstance(self.column_chunks, int):
             if self.column_chunks < 1 or dim % self.column_chunks:
-                raise SpaceError(
-                    f"column_chunks={self.column_chunks} does not divide a table of dim {dim}. Give the widths."
-                )
+                raise SpaceError(f"column_chunks={self.column_chunks} does not divide a table of dim {dim}. Give the widths.")
             widths: tuple[int, ...] = (dim // self.column_chunks,) * self.column_chunks
         else:
             widths = tuple(self.column_chunks)

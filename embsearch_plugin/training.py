@@ -17,8 +17,8 @@ from torchrec.sparse.jagged_tensor import KeyedTensor
 from embsearch_plugin.data.dataset import Batches
 from embsearch_plugin.errors import NonFiniteLoss
 from embsearch_plugin.evaluation import evaluate
-from embsearch_plugin.fused import FusedEmbeddingBags
 from embsearch_plugin.files import read_state, write_state
+from embsearch_plugin.fused import FusedEmbeddingBags
 from embsearch_plugin.recipes import Train
 from embsearch_plugin.search.session import Session
 

@@ -94,9 +94,7 @@ class Task(nn.Module):
     def __init__(self, collection: nn.Module, width: int) -> None:
         super().__init__()
         self.collection = collection
-        self.over = nn.Sequential(
-            nn.Linear(width + 3, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 1)
-        )
+        self.over = nn.Sequential(nn.Linear(width + 3, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 1))
 
     def forward(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         looked_up: KeyedTensor = self.collection(batch.sparse_features)

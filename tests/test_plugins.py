@@ -103,9 +103,7 @@ def test_collections_that_share_a_table_are_refused() -> None:
 def test_a_collection_is_built_by_exactly_one_adapter() -> None:
     manager().unregister(name="torchrec_ebc")
     manager().register(taking("collection"), name="greedy")
-    with pytest.raises(
-        AdapterConflict, match=r"exactly one adapter must build 'collection', found by 'greedy'; 0 did\."
-    ):
+    with pytest.raises(AdapterConflict, match=r"exactly one adapter must build 'collection', found by 'greedy'; 0 did\."):
         es.prepare(task(PLAIN))
 
 

@@ -81,7 +81,12 @@ def test_values_that_make_no_sense_are_named(search: dict[str, object], message:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("a: [", "is not YAML"), ("- 1", "must hold a mapping"), ("", "must hold a mapping"), ("!!python/object:os.x {}", "is not YAML")],
+    [
+        ("a: [", "is not YAML"),
+        ("- 1", "must hold a mapping"),
+        ("", "must hold a mapping"),
+        ("!!python/object:os.x {}", "is not YAML"),
+    ],
 )
 def test_files_that_are_no_recipe(content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(content)

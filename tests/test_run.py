@@ -107,9 +107,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_its_checkpoint(tmp_pat
     assert (tmp_path / "checkpoints" / "dense.safetensors").exists()
 
 
-@pytest.mark.parametrize(
-    "recipe", [path for path in sorted(RECIPES.glob("*.yaml"))], ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_runs_in_a_small_form(recipe: Path, tmp_path: Path) -> None:
     overrides = list(SMALL)
     if "ml1m" in recipe.stem:

@@ -184,9 +184,7 @@ class _Pairs:
 
     def options(self, unit: str) -> TableOptions:
         spec, whole = self.table.spec, sum(self.table.blocks.sizes)
-        blocks = [
-            self._options(energy, size, unit) for energy, size in zip(self.energy, self.table.blocks.sizes, strict=True)
-        ]
+        blocks = [self._options(energy, size, unit) for energy, size in zip(self.energy, self.table.blocks.sizes, strict=True)]
         placement = placement_bytes(spec) if unit == "bytes" else 0
         uniform = [
             Option(o.dim, o.cost + (placement if o.dim not in (0, spec.dim) else 0), o.utility)
@@ -224,9 +222,7 @@ def _derive_fine(session: "Session", budget: Budget | None, threshold: float) ->
         mask = session.merged_weight(index).abs() >= threshold
         rows = [table.blocks.rows_of(block) for block in range(len(table.blocks.sizes))]
         kept = bool(mask.any())
-        plans.append(
-            TablePlan.fine(table.spec, mask, rows) if kept else TablePlan.nested(table.spec, [0], [torch.cat(rows)])
-        )
+        plans.append(TablePlan.fine(table.spec, mask, rows) if kept else TablePlan.nested(table.spec, [0], [torch.cat(rows)]))
     return SizePlan(tuple(plans), session.space.align)
 
 

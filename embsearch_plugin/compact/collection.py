@@ -92,9 +92,7 @@ class CompactEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self.chunks: EmbeddingBagCollectionInterface | None
         self.chunks = EmbeddingBagCollection(tables, is_weighted, device) if tables else None
         self.index = nn.ModuleList(TableIndex(plan, device) for plan in plans)
-        self.fine = nn.ModuleDict(
-            {str(i): FineTable(plan, device) for i, plan in enumerate(plans) if plan.mask is not None}
-        )
+        self.fine = nn.ModuleDict({str(i): FineTable(plan, device) for i, plan in enumerate(plans) if plan.mask is not None})
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
         """The original configs: what the model around it was built for."""
@@ -131,9 +129,7 @@ class CompactEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     def _columns_of(self, number: int, slot: Slot, bag: JaggedTensor, pooled: KeyedTensor | None) -> Tensor:
         """Assemble one slot's output, (B, D)."""
         if str(slot.table) in self.fine:
-            check_ids(
-                self._configs[slot.table].name, slot.feature, self._configs[slot.table].num_embeddings, bag.values()
-            )
+            check_ids(self._configs[slot.table].name, slot.feature, self._configs[slot.table].num_embeddings, bag.values())
             output: Tensor = self.fine[str(slot.table)](bag, self._weighted)
         else:
             output = self._concatenated(number, slot, bag, pooled)
@@ -210,9 +206,7 @@ def _chunk_configs(
             num_embeddings=chunk.rows,
             embedding_dim=chunk.width,
             pooling=PoolingType.SUM,
-            feature_names=[
-                str(i) for i, part in enumerate(parts) if slots[part.slot].table == t and part.chunk is chunk
-            ],
+            feature_names=[str(i) for i, part in enumerate(parts) if slots[part.slot].table == t and part.chunk is chunk],
         )
         for t, (config, plan) in enumerate(zip(configs, plans, strict=True))
         for number, chunk in enumerate(plan.chunks)

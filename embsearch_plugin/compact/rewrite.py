@@ -81,7 +81,9 @@ def put_in_place(model: nn.Module, found: FoundCollection, plans: Sequence[Table
 def rewrite(model: nn.Module, tables: SearchedTables, plan: SizePlan, optimizers: Sequence[Optimizer]) -> None:
     """Replace every searchable collection by its compact form, weights and optimizer state carried over."""
     gates = tables.split(tables.gates if tables.blocks is not None else [None] * len(tables.specs))
-    blocks: list[RowBlocks | None] = list(tables.blocks or [None] * len(tables.specs))
+    blocks: list[RowBlocks | None] = [None] * len(tables.specs)
+    if tables.blocks is not None:
+        blocks = list(tables.blocks)
     lookups = tables.split([None if cut is None else cut.lookup() for cut in blocks])
     for found, supernet, plans, gate, lookup in zip(
         tables.found, tables.supernets, tables.split(plan.tables), gates, lookups, strict=True
@@ -98,9 +100,7 @@ def rewrite(model: nn.Module, tables: SearchedTables, plan: SizePlan, optimizers
             _fuse_alike(supernet.inner, compact, slices)
 
 
-def _fuse_alike(
-    old: FusedEmbeddingBags, compact: CompactEmbeddingBagCollection, slices: Sequence[Sequence[Slice]]
-) -> None:
+def _fuse_alike(old: FusedEmbeddingBags, compact: CompactEmbeddingBagCollection, slices: Sequence[Sequence[Slice]]) -> None:
     """Put the compact tables on fused kernels too, with the optimizer state of the old ones."""
     if compact.chunks is None:
         return

@@ -142,9 +142,7 @@ def _parse(path: Path, numbers: Sequence[int], lines: Sequence[bytes], rows: int
         if line[:2] not in (b"0\t", b"1\t"):
             raise malformed(path, number + 1, "label", "0 or 1", line.split(b"\t")[0].decode("latin-1"))
     schema = dict.fromkeys(COLUMNS, pl.String)
-    text = pl.read_csv(
-        b"".join(lines), separator="\t", has_header=False, quote_char=None, encoding="utf8-lossy", schema=schema
-    )
+    text = pl.read_csv(b"".join(lines), separator="\t", has_header=False, quote_char=None, encoding="utf8-lossy", schema=schema)
     integers = text.select(pl.col(INTEGERS).cast(pl.Int64, strict=False))
     _require(path, numbers, text, integers, "an integer or empty")
     hashes = text.select(pl.col(CATEGORIES).str.to_integer(base=16, strict=False))

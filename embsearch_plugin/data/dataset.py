@@ -101,9 +101,7 @@ class TabularDataset(Dataset):
     float32, 0 or 1; splits: for each split the positions of its examples, int64.
     """
 
-    def __init__(
-        self, schema: Schema, dense: Tensor, ids: Tensor, labels: Tensor, splits: Mapping[Split, Tensor]
-    ) -> None:
+    def __init__(self, schema: Schema, dense: Tensor, ids: Tensor, labels: Tensor, splits: Mapping[Split, Tensor]) -> None:
         self.schema = schema
         self.dense = dense
         self.ids = ids

@@ -176,9 +176,7 @@ def _standardise(numbers: NDArray[np.float64], train: NDArray[np.int64]) -> NDAr
     return standard.astype(np.float32)
 
 
-def write_sample(
-    folder: str | Path, *, users: int = 200, movies: int = 100, ratings: int = 10_000, seed: int = 0
-) -> None:
+def write_sample(folder: str | Path, *, users: int = 200, movies: int = 100, ratings: int = 10_000, seed: int = 0) -> None:
     """Write generated users, movies and ratings in GroupLens's format into a folder, which is made if need be.
 
     There is something to learn: stars depend on how much a user likes the movie's genres, and on the movie. A pair is

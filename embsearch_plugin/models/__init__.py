@@ -19,9 +19,7 @@ def collection_for(schema: Schema, dim: int) -> EmbeddingBagCollection:
     """Return a collection with one table of width ``dim`` per field."""
     return EmbeddingBagCollection(
         [
-            EmbeddingBagConfig(
-                name=f"t_{field.name}", num_embeddings=field.rows, embedding_dim=dim, feature_names=[field.name]
-            )
+            EmbeddingBagConfig(name=f"t_{field.name}", num_embeddings=field.rows, embedding_dim=dim, feature_names=[field.name])
             for field in schema.fields
         ]
     )

@@ -66,9 +66,7 @@ class Ranking:
             count = given.get(str(spec), given.get(spec.name))
             if count is None or count.shape != (spec.rows,):
                 got = "none" if count is None else f"shape {tuple(count.shape)}"
-                raise SessionError(
-                    f"frequencies must hold counts of shape ({spec.rows},) for table {spec.name!r}; got {got}."
-                )
+                raise SessionError(f"frequencies must hold counts of shape ({spec.rows},) for table {spec.name!r}; got {got}.")
             counts.append(count.cpu())
         return counts
 

@@ -16,7 +16,7 @@ from embsearch_plugin.algorithms.base import Algorithm, AlgorithmConfig
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import Table
 from embsearch_plugin.compact.rewrite import rewrite
-from embsearch_plugin.errors import AttachError, NonFiniteLoss, PlanError, SessionError
+from embsearch_plugin.errors import AttachError, NonFiniteLoss, ObjectiveError, PlanError, SessionError
 from embsearch_plugin.hookspecs import PROJECT, SessionHooks
 from embsearch_plugin.optimizers import check_hook_fires
 from embsearch_plugin.plan import SizePlan, mismatch
@@ -59,9 +59,10 @@ class Session:
         self.step_count = self.search_steps = 0
         self.algorithm: Algorithm = algorithm.build()
         self._objective, self._seed = objective, seed
+        self._observers = [o for some in manager().hook.embsearch_register_observers(session=self) for o in some]
+        self._plugins = _plugins_of(self.algorithm, self._observers)  # before the model is touched: it may fail
         self._tables = SearchedTables(model, space, fused)
         self._ranking = Ranking(self._tables, space, frequencies, self._run_to_count)
-        self._plugins = self._plugin_manager()
         model.__dict__[ATTRIBUTE] = self
         self._pre_hook = model.register_forward_pre_hook(_before_forward, with_kwargs=True)
         self._optimizers: list[Optimizer] = []
@@ -85,9 +86,7 @@ class Session:
     def tables(self) -> list[SearchTable]:
         """The tables and how their rows are cut; known from the first search step on."""
         if self._tables.blocks is None:
-            raise SessionError(
-                f"rows are ranked after {self.config.warm_up} weight steps; {self.step_count} were taken."
-            )
+            raise SessionError(f"rows are ranked after {self.config.warm_up} weight steps; {self.step_count} were taken.")
         return [SearchTable(s, b) for s, b in zip(self._tables.specs, self._tables.blocks, strict=True)]
 
     @property
@@ -136,6 +135,10 @@ class Session:
                     f"the validation loss must be a number; got {loss} at step {self.step_count}. Gates and weights are as "
                     "before.\n  Possible solutions: 1) a lower learning rate  2) look for NaN in the validation batches."
                 )
+            if not outcome.loss.requires_grad:
+                raise ObjectiveError(
+                    "the loss must depend on the gates, but it has no graph. Is it detached, or under no_grad?"
+                )
             gradients = torch.autograd.grad(outcome.loss, list(leaves), allow_unused=True)
         filled = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, gradients, strict=True)]
         return loss, distributed.mean(filled)
@@ -177,10 +180,8 @@ class Session:
 
     def register(self, observer: object) -> None:
         """Add an observer: an object with hooks of :class:`embsearch_plugin.hookspecs.SessionHooks`."""
-        self._plugins.unregister(self.algorithm)
-        self._plugins.register(observer)
-        self._plugins.register(self.algorithm)  # pluggy calls the last registered first: the algorithm
-        self._plugins.check_pending()
+        self._plugins = _plugins_of(self.algorithm, [*self._observers, observer])
+        self._observers.append(observer)
 
     def step(self, batch: Any) -> Mapping[str, float]:
         """Take one search step by hand on a validation batch; return its metrics."""
@@ -231,9 +232,7 @@ class Session:
                 return cast(Mapping[str, float], metrics)
             except TooSmallBatch:
                 log.info("skipped a validation batch of fewer than %d examples", smallest)
-        raise AttachError(
-            f"a search step needs a validation batch of at least {smallest} examples; {tries} were smaller."
-        )
+        raise AttachError(f"a search step needs a validation batch of at least {smallest} examples; {tries} were smaller.")
 
     # Forward passes.
 
@@ -301,9 +300,7 @@ class Session:
         plan = cast(SizePlan, self._plugins.hook.embsearch_derive(session=self, budget=ceiling))
         if self._last_plan is None or plan.to_json() != self._last_plan.to_json():
             previous, self._last_plan = self._last_plan, plan
-            self._plugins.hook.embsearch_plan_changed(
-                session=self, step=self.step_count, previous=previous, current=plan
-            )
+            self._plugins.hook.embsearch_plan_changed(session=self, step=self.step_count, previous=previous, current=plan)
         return plan
 
     def compact(self, plan: SizePlan) -> nn.Module:
@@ -359,22 +356,33 @@ class Session:
         if self._validation is not None and state["validation"] is not None:
             self._validation.load_state_dict(state["validation"])
 
-    def _plugin_manager(self) -> pluggy.PluginManager:
-        plugins = pluggy.PluginManager(PROJECT)
-        plugins.add_hookspecs(SessionHooks)
-        for observers in manager().hook.embsearch_register_observers(session=self):
-            for observer in observers:
-                plugins.register(observer)
-        plugins.register(self.algorithm)
-        plugins.check_pending()
-        return plugins
-
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A session belongs to one model; a copy of the model has none."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A pickled model has no session either."""
         return (type(None), ())
+
+
+def _plugins_of(algorithm: Algorithm, observers: Sequence[object]) -> pluggy.PluginManager:
+    """Return a manager of one session's plugins, checked; the algorithm is asked first, then observers as they came.
+
+    Raises:
+        SessionError: where a plugin implements a hook that does not exist, or the algorithm lacks one it must have.
+    """
+    plugins = pluggy.PluginManager(PROJECT)
+    plugins.add_hookspecs(SessionHooks)
+    try:
+        for plugin in (*reversed(observers), algorithm):  # pluggy calls the last registered first
+            plugins.register(plugin)
+        plugins.check_pending()
+    except (pluggy.PluginValidationError, ValueError) as error:
+        raise SessionError(f"a plugin does not fit a session: {error}") from error
+    implemented = {caller.name for caller in plugins.get_hookcallers(algorithm) or ()}
+    missing = {"embsearch_search_step", "embsearch_derive"} - implemented
+    if missing:
+        raise SessionError(f"an algorithm must implement {', '.join(sorted(missing))}; {type(algorithm).__name__} does not.")
+    return plugins
 
 
 def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -52,8 +52,9 @@ class ValidationStream:
     def _new_pass(self) -> Iterator[Any]:
         """Start anew; loaders and samplers that shuffle by epoch (as DistributedSampler) are told which it is."""
         for owner in (self.loader, getattr(self.loader, "sampler", None)):
-            if hasattr(owner, "set_epoch"):
-                owner.set_epoch(self.passes)
+            set_epoch = getattr(owner, "set_epoch", None)
+            if set_epoch is not None:
+                set_epoch(self.passes)
         return iter(self.loader)
 
     def state_dict(self) -> dict[str, int]:

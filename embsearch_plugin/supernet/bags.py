@@ -31,9 +31,7 @@ def bags_of(features: KeyedJaggedTensor, names: Sequence[str]) -> dict[str, Jagg
     bags: dict[str, JaggedTensor] = features.to_dict()
     missing = [name for name in names if name not in bags]
     if missing:
-        raise InputError(
-            f"the batch must hold the features {list(names)}; it lacks {missing} (it has {features.keys()})."
-        )
+        raise InputError(f"the batch must hold the features {list(names)}; it lacks {missing} (it has {features.keys()}).")
     return bags
 
 

@@ -13,8 +13,8 @@ from math import gcd, prod
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
+from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingBagCollectionInterface
@@ -223,9 +223,7 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         Returns:
             (S, B, sum of dims); one where a table is summed.
         """
-        columns = [
-            shares[slot.feature] if slot.mean else torch.ones_like(shares[slot.feature]) for slot in self.slots
-        ]
+        columns = [shares[slot.feature] if slot.mean else torch.ones_like(shares[slot.feature]) for slot in self.slots]
         repeats = torch.tensor([slot.dim for slot in self.slots], device=columns[0].device)
         return torch.stack(columns, dim=-1).repeat_interleave(repeats, dim=-1)
 

@@ -48,7 +48,7 @@ def test_alpha_starts_at_one_follows_adam_and_is_clipped() -> None:
             for alpha in reference:
                 alpha.copy_(alpha.clamp(0, 1))
         session.step(batch)
-    assert all(0 <= float(g.min()) and float(g.max()) <= 1 for g in session.gates)
+    assert all(float(g.min()) >= 0 and float(g.max()) <= 1 for g in session.gates)
     assert any(float(g.min()) == 0 for g in session.gates)
 
 
@@ -71,7 +71,7 @@ def loss_after_step(model: Task, session: Session, gates: list[Tensor], batches:
     with torch.no_grad():
         for parameter in moved.parameters():
             if parameter.grad is not None:
-                parameter -= xi * parameter.grad
+                parameter.sub_(xi * parameter.grad)
         return float(moved(batches[1])[0])
 
 
@@ -119,7 +119,10 @@ def test_fine_grained_plans_keep_the_largest_merged_weights(world: str, budget: 
     model, session, _ = searched(WORLDS[world], algorithm=es.Dnis(warm_up=2, lr=0.1, fine_grained=True))
     plan = session.derive(budget)
     merged = [session.merged_weight(index) for index in range(len(session.specs))]
-    masks = [p.mask if p.mask is not None else torch.zeros_like(m, dtype=torch.bool) for p, m in zip(plan.tables, merged, strict=True)]
+    masks = [
+        p.mask if p.mask is not None else torch.zeros_like(m, dtype=torch.bool)
+        for p, m in zip(plan.tables, merged, strict=True)
+    ]
     smallest_kept = min(float(m[k].abs().min()) for m, k in zip(merged, masks, strict=True) if k.any())
     largest_left = max(float(m[~k].abs().max()) for m, k in zip(merged, masks, strict=True) if not k.all())
     assert smallest_kept >= largest_left

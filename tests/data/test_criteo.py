@@ -70,9 +70,7 @@ def test_examples_equal_a_slow_reference(tmp_path: Path, name: str, split: Split
         assert numbers == pytest.approx(expected_numbers, rel=1e-6)
 
 
-@given(
-    n=st.integers(1, 60), batch_size=st.integers(1, 30), split=st.sampled_from(list(TENTHS)), seed=st.integers(0, 99)
-)
+@given(n=st.integers(1, 60), batch_size=st.integers(1, 30), split=st.sampled_from(list(TENTHS)), seed=st.integers(0, 99))
 @settings(max_examples=40, deadline=None)
 def test_every_example_comes_once_and_only_the_last_batch_is_smaller(
     tmp_path_factory: pytest.TempPathFactory, n: int, batch_size: int, split: Split, seed: int

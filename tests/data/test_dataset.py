@@ -53,9 +53,7 @@ def test_what_is_precomputed_is_what_torchrec_would_compute(data: TabularDataset
 
 
 @given(batch_size=st.integers(1, 40), split=st.sampled_from(list(SIZES)), seed=st.none() | st.integers(0, 2**40))
-def test_every_example_comes_once_and_only_the_last_batch_is_smaller(
-    batch_size: int, split: Split, seed: int | None
-) -> None:
+def test_every_example_comes_once_and_only_the_last_batch_is_smaller(batch_size: int, split: Split, seed: int | None) -> None:
     n = SIZES[split]
     zeros = torch.zeros(32, 1)
     parts = dict(zip(SIZES, torch.arange(32).split(list(SIZES.values())), strict=True))

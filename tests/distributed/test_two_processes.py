@@ -87,9 +87,7 @@ def sharded(model: nn.Module, sharding: str, weights: dict[str, torch.Tensor]) -
                 module, ways, sharder=RowWiseToo(), world_size=PROCESSES, local_size=PROCESSES, device_type="cpu"
             )
             apply_optimizer_in_backward(torch.optim.SGD, module.parameters(), {"lr": LR})
-    parallel = DistributedModelParallel(
-        model, device=torch.device("cpu"), plan=ShardingPlan(plan), sharders=[RowWiseToo()]
-    )
+    parallel = DistributedModelParallel(model, device=torch.device("cpu"), plan=ShardingPlan(plan), sharders=[RowWiseToo()])
     assert any(isinstance(module, ShardedEmbeddingBagCollection) for module in parallel.modules())
     state = parallel.state_dict()
     assert set(state) == set(weights)

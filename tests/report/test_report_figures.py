@@ -50,9 +50,7 @@ def test_tables_stand_largest_first(make_plan: MakePlan) -> None:
 
 
 def test_long_names_keep_both_ends() -> None:
-    tables = [
-        Table("ebc", f"embeddings_of_feature_{i}", 1, 4, [Block(1, 4)], size_bytes=1, original_bytes=1) for i in (1, 2)
-    ]
+    tables = [Table("ebc", f"embeddings_of_feature_{i}", 1, 4, [Block(1, 4)], size_bytes=1, original_bytes=1) for i in (1, 2)]
     assert {"embeddin\N{HORIZONTAL ELLIPSIS}eature_1", "embeddin\N{HORIZONTAL ELLIPSIS}eature_2"} <= set(
         texts(dims_figure(tables))
     )

@@ -55,9 +55,7 @@ def test_headline_without_any_metric_names_no_winner(metrics: Data) -> None:
 
 def test_headline_without_a_dense_model(metrics: Data) -> None:
     del metrics["models"][0]
-    assert (
-        sentence(metrics) == "At a budget of 10% (1.2 MiB) there is no pair of a compact and a dense model to compare."
-    )
+    assert sentence(metrics) == "At a budget of 10% (1.2 MiB) there is no pair of a compact and a dense model to compare."
 
 
 def test_headline_admits_that_the_budget_was_exceeded(metrics: Data) -> None:

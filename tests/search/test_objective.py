@@ -154,9 +154,7 @@ class Careless(nn.Module):
 def traces(model: nn.Module) -> list[Any]:
     """Everything that must be as before: which tensors the buffers are, their bits, and the random states."""
     buffers = [
-        (name, id(b), None if b is None else b.numpy().tobytes())
-        for m in model.modules()
-        for name, b in m._buffers.items()
+        (name, id(b), None if b is None else b.numpy().tobytes()) for m in model.modules() for name, b in m._buffers.items()
     ]
     return [buffers, torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())]
 

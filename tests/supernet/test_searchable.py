@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def looked_up(collection: EmbeddingBagCollection, gates: dict[str, Tensor], feat
         for feature in config.feature_names:
             bag, rows = bags[feature], []
             offsets = [0, *bag.lengths().cumsum(0).tolist()]
-            for start, stop in zip(offsets, offsets[1:], strict=False):
+            for start, stop in itertools.pairwise(offsets):
                 total = torch.zeros(config.embedding_dim)
                 for position in range(start, stop):
                     scale = bag.weights()[position] if collection.is_weighted() else 1.0
