@@ -15,7 +15,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollectionInterface
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from embsearch_plugin.data.dataset import Batches
-from embsearch_plugin.errors import NonFiniteLoss
+from embsearch_plugin.errors import NonFiniteLoss, SessionError
 from embsearch_plugin.evaluation import evaluate
 from embsearch_plugin.files import read_state, write_state
 from embsearch_plugin.fused import FusedEmbeddingBags
@@ -62,16 +62,23 @@ class Stage:
     history: list[Epoch] = field(default_factory=list)
 
     @property
+    def first_ready(self) -> int:
+        """The first epoch that counts: a search must have taken a step before a plan can come of it."""
+        if self.session is None:
+            return 0
+        return next((i for i, row in enumerate(self.history) if row["search_steps"]), len(self.history))
+
+    @property
     def best(self) -> int:
-        """The epoch, from 0, with the best validation loss."""
-        losses = [row["log_loss"] for row in self.history]
-        return min(range(len(losses)), key=lambda i: math.inf if losses[i] is None else float(losses[i] or 0.0))
+        """The epoch, from 0, with the best validation loss among those that count."""
+        losses = [row["log_loss"] or math.inf for row in self.history]
+        return min(range(self.first_ready, len(losses)), key=losses.__getitem__, default=-1)
 
     @property
     def converged(self) -> bool:
         """Whether the validation loss has stopped improving, or the epochs are used up."""
         trained = len(self.history) - 1  # the first row is the model as it came
-        return trained >= self.options.epochs or trained - self.best > self.options.patience
+        return trained >= self.options.epochs or (self.best >= 0 and trained - self.best > self.options.patience)
 
 
 def converge(stage: Stage, watcher: Watcher) -> list[Epoch]:
@@ -96,6 +103,12 @@ def converge(stage: Stage, watcher: Watcher) -> list[Epoch]:
         loss = train_epoch(stage, watcher.step)
         row: Epoch = {"epoch": len(stage.history), "seconds": time.perf_counter() - started, "train_loss": loss}
         _close_epoch(stage, watcher, row)
+    if stage.best < 0:
+        raise SessionError(
+            f"{stage.name} ended before its first search step: {stage.options.epochs} epochs are "
+            f"{stage.session.step_count if stage.session else 0} steps.\n  Possible solutions: 1) more train.epochs  "
+            "2) a smaller train.batch_size  3) a smaller search.algorithm.warm_up."
+        )
     _restore(stage, _best_path(stage))
     return stage.history
 
@@ -153,7 +166,8 @@ def _close_epoch(stage: Stage, watcher: Watcher, row: Epoch) -> None:
     row |= evaluate(stage.model, stage.validation)
     stage.history.append(row)
     if stage.session is not None:
-        stage.session.validated({k: v for k, v in row.items() if v is not None})
+        row["search_steps"] = stage.session.search_steps
+        stage.session.validated({name: value for name, value in row.items() if value is not None})
     if stage.best == len(stage.history) - 1:
         write_state(_best_path(stage), _state(stage))
     write_state(stage.checkpoint, _state(stage))

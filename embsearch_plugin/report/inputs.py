@@ -61,6 +61,7 @@ class Metrics:
     models: list[Model]
     stages: dict[str, list[dict[str, Any]]]
     search: Search
+    rows: dict[str, str] = field(default_factory=dict)  # from plugins, by the hook embsearch_report_rows
 
     def model(self, name: str) -> Model | None:
         """Return the model of that name, or None."""
