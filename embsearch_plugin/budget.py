@@ -2,17 +2,25 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from math import isfinite
+from numbers import Integral
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
 from embsearch_plugin.errors import BudgetError
 
+_Chosen = npt.NDArray[np.bool_]
 INDEX_BYTES = torch.int32.itemsize
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12} | {
+    unit: 1024**power for power, unit in enumerate(("kib", "mib", "gib", "tib"), 1)
+}
+_NUMBER = r"([+-]?\d{1,30}(?:\.\d{1,30})?)"
 _HELP = 'Write "10%" (of the original tables\' weight bytes), es.Budget(bytes="2GiB") or es.Budget(params=390_000).'
 
 
@@ -54,13 +62,13 @@ class Budget:
         return cls(share=budget) if budget.strip().endswith("%") else cls(bytes=budget)
 
     @property
-    def amount(self) -> float:
-        """The budget as a number: a share between 0 and 1, bytes, or parameters."""
+    def amount(self) -> Fraction | int:
+        """The budget as an exact number: a share between 0 and 1, bytes, or parameters."""
         if self.share is not None:
             return _percent(self.share)
         if self.bytes is not None:
             return _bytes(self.bytes)
-        return _positive_int(self.params)
+        return _whole(self.params)
 
     def limit(self, original_bytes: int) -> int:
         """Return the ceiling for tables of ``original_bytes``: bytes, or parameters where those are budgeted."""
@@ -72,49 +80,62 @@ class Budget:
         return "bytes" if self.params is None else "parameters"
 
     def __str__(self) -> str:
-        if self.share is not None:
-            return self.share
-        return f"{self.bytes} bytes" if isinstance(self.bytes, int) else self.bytes or f"{self.params} parameters"
+        if self.params is not None:
+            return f"{self.params} parameters"
+        return self.share or (self.bytes if isinstance(self.bytes, str) else f"{self.bytes} bytes")
 
 
-def _percent(text: str) -> float:
-    match = re.fullmatch(r"\s*([+-]?\d+(?:\.\d+)?)\s*%\s*", text) if isinstance(text, str) else None
+def _percent(text: str) -> Fraction:
+    match = re.fullmatch(rf"\s*{_NUMBER}\s*%\s*", text) if isinstance(text, str) else None
     if match is None:
         raise BudgetError(f"cannot read the budget {text!r} as a percentage. {_HELP}")
-    return float(match[1]) / 100
+    return Fraction(match[1]) / 100
 
 
 def _bytes(value: int | str) -> int:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    match = re.fullmatch(r"\s*([+-]?\d+(?:\.\d+)?)\s*([a-z]*)\s*", value.lower()) if isinstance(value, str) else None
+    if not isinstance(value, str):
+        return _whole(value)
+    match = re.fullmatch(rf"\s*{_NUMBER}\s*([a-z]*)\s*", value.lower())
     if match is None or match[2] not in _UNITS:
         raise BudgetError(f"cannot read the budget {value!r} as bytes. {_HELP}")
-    return int(float(match[1]) * _UNITS[match[2]])
+    return int(Fraction(match[1]) * _UNITS[match[2]])
 
 
-def _positive_int(value: int | None) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise BudgetError(f"params must be a whole number; got {value!r}. {_HELP}")
-    return value
+def _whole(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise BudgetError(f"bytes and params are whole numbers; got {value!r}. {_HELP}")
+    return int(value)
 
 
 def human_bytes(count: float) -> str:
     """Return a size as people read it: ``"3.1 MiB"``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024 or unit == "GiB":
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+    if abs(round(count)) < 1024:
+        return f"{count:.0f} B"
+    for unit in ("KiB", "MiB", "GiB"):
         count /= 1024
-    raise AssertionError("unreachable")
+        if abs(round(count, 1)) < 1024:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1024:.1f} TiB"
 
 
 @dataclass(frozen=True)
 class Option:
-    """One way to store one block: what it costs and what it is worth."""
+    """One way to store one block: what it costs and what it is worth.
+
+    Raises:
+        BudgetError: where the worth is not a finite number.
+    """
 
     dim: int
     cost: int
     utility: float
+
+    def __post_init__(self) -> None:
+        if not isfinite(self.utility):
+            raise BudgetError(
+                f"the worth of an option must be a finite number; got {self.utility} for dim {self.dim}.\n"
+                "  Possible solution: look for NaN or infinity in the tables' weights; the training may have diverged."
+            )
 
 
 @dataclass(frozen=True)
@@ -136,13 +157,37 @@ class TableOptions:
     @property
     def cheapest(self) -> int:
         """The least this table can cost."""
-        return min(option.cost for option in self.uniform)
+        costs = [option.cost for option in self.uniform]
+        return min([*costs, self._cheapest_blocks] if self.blocks else costs)
+
+    @property
+    def _cheapest_blocks(self) -> int:
+        return self.fixed_cost + sum(min(option.cost for option in block) for block in self.blocks)
+
+    def within(self, ceiling: int) -> "TableOptions":
+        """Leave out what cannot be part of a best choice for this table at no more than ``ceiling``."""
+        uniform = _worthwhile(self.uniform, ceiling)
+        left = ceiling - self._cheapest_blocks
+        if left < 0:
+            return replace(self, uniform=uniform, blocks=())
+        blocks = tuple(_worthwhile(block, left + min(option.cost for option in block)) for block in self.blocks)
+        return replace(self, uniform=uniform, blocks=blocks)
+
+
+def _worthwhile(options: Sequence[Option], ceiling: int) -> tuple[Option, ...]:
+    """Return the options within ``ceiling`` that are worth more than every cheaper one, by rising cost."""
+    kept: list[Option] = []
+    for option in sorted(options, key=lambda option: (option.cost, -option.utility)):
+        if option.cost <= ceiling and (not kept or option.utility > kept[-1].utility):
+            kept.append(option)
+    return tuple(kept)
 
 
 def allocate(tables: Sequence[TableOptions], limit: int, unit: str = "bytes") -> list[tuple[int, ...]]:
     """Choose one option per table, or per block of a table, so that the utility is greatest within ``limit``.
 
-    An exact multiple-choice knapsack, solved as a mixed-integer programme by HiGHS.
+    An exact multiple-choice knapsack, solved as a mixed-integer programme by HiGHS. Of a block's options that are worth
+    the same, the cheapest is taken.
 
     Returns:
         Per table the chosen dims: one where the table is stored uniformly, else one per block.
@@ -153,11 +198,12 @@ def allocate(tables: Sequence[TableOptions], limit: int, unit: str = "bytes") ->
     least = sum(table.cheapest for table in tables)
     if least > limit:
         raise BudgetError(_does_not_fit(tables, limit, least, unit))
-    columns = _Columns(tables)
-    chosen = columns.solve(limit)
-    if columns.costs[chosen].sum() > limit:  # HiGHS keeps a row only to a relative 1e-6; leave it that much room
-        chosen = columns.solve(limit - max(1, int(limit * 1e-5)))
-    return columns.dims(chosen)
+    knapsack = _Knapsack([table.within(limit - least + table.cheapest) for table in tables])
+    chosen = knapsack.solve(limit)
+    while int(knapsack.costs[chosen].sum()) > limit:  # HiGHS keeps the limit within its tolerance only
+        knapsack.forbid(chosen)
+        chosen = knapsack.solve(limit)
+    return knapsack.dims(chosen)
 
 
 def _does_not_fit(tables: Sequence[TableOptions], limit: int, least: int, unit: str) -> str:
@@ -165,14 +211,14 @@ def _does_not_fit(tables: Sequence[TableOptions], limit: int, least: int, unit: 
     largest = max(tables, key=lambda table: table.cheapest)
     return (
         f"no size plan fits {size(limit)}: the smallest possible model needs {size(least)}.\n"
-        f"  Possible solutions: 1) raise the budget to {size(least)}  2) allow smaller dims "
+        f"  Possible solutions: 1) raise the budget to {least:,} {unit}  2) allow smaller dims "
         f"(candidates of {largest.name!r} start at {min(o.dim for o in largest.uniform)})  "
         f"3) leave out table {largest.name!r} ({size(largest.cheapest)} alone)."
     )
 
 
-class _Columns:
-    """The binary variables of the knapsack: per table its uniform options, a switch to blocks, the blocks' options."""
+class _Knapsack:
+    """The binary variables of the programme: per table its uniform options, a switch to blocks, the blocks' options."""
 
     def __init__(self, tables: Sequence[TableOptions]) -> None:
         self.tables = tables
@@ -189,27 +235,30 @@ class _Columns:
                 utilities += [option.utility for option in options]
         self.costs = np.array(costs, dtype=np.int64)
         self.utilities = np.array(utilities, dtype=np.float64)
+        self.constraints = [self._one_choice_each()]
 
-    def solve(self, limit: int) -> "np.ndarray[tuple[int], np.dtype[np.bool_]]":
+    def solve(self, limit: int) -> _Chosen:
         """Return which variables are one in the best choice within ``limit``."""
-        worth = -self.utilities / max(float(np.abs(self.utilities).max()), 1e-30)
-        equations, totals = self._one_choice_each()
-        scale = max(limit, 1)
+        limit = min(limit, int(self.costs.sum()))
+        # HiGHS's tolerances are absolute, about 1e-6. A power of two keeps whole numbers of bytes exact.
+        scale = 2.0 ** max(0, limit.bit_length() - 24)
+        worth = self.utilities / max(float(np.abs(self.utilities).max()), 1e-300)
         found = milp(
-            worth,
-            integrality=np.ones(len(self.keys)),
+            -worth,
+            integrality=np.ones(len(self.keys), dtype=np.int64),
             bounds=Bounds(0, 1),
-            constraints=[
-                LinearConstraint(equations, totals, totals),
-                LinearConstraint((self.costs / scale)[None, :], -np.inf, limit / scale),
-            ],
+            constraints=[*self.constraints, LinearConstraint((self.costs / scale)[None, :], -np.inf, limit / scale)],
             options={"mip_rel_gap": 1e-9, "time_limit": 60},
         )
         if found.x is None:
             raise BudgetError(f"the allocation within {limit:,} could not be solved: {found.message}")
         return np.asarray(found.x > 0.5)
 
-    def _one_choice_each(self) -> "tuple[coo_array, np.ndarray[tuple[int], np.dtype[np.float64]]]":
+    def forbid(self, chosen: _Chosen) -> None:
+        """Never return this choice again."""
+        self.constraints.append(LinearConstraint(chosen.astype(np.float64)[None, :], -np.inf, chosen.sum() - 1))
+
+    def _one_choice_each(self) -> LinearConstraint:
         """Per table: uniform options and the switch sum to one. Per block: options sum to the switch."""
         rows: dict[tuple[int, int], int] = {}
         entries: list[tuple[int, int, int]] = []
@@ -224,9 +273,9 @@ class _Columns:
             if block == -2:
                 entries += [(rows[t, b], column, -1) for b in range(len(self.tables[t].blocks))]
         row, col, value = zip(*entries, strict=True)
-        return coo_array((value, (row, col)), shape=(len(rows), len(self.keys))), np.array(totals)
+        return LinearConstraint(coo_array((value, (row, col)), shape=(len(rows), len(self.keys))), totals, totals)
 
-    def dims(self, chosen: "np.ndarray[tuple[int], np.dtype[np.bool_]]") -> list[tuple[int, ...]]:
+    def dims(self, chosen: _Chosen) -> list[tuple[int, ...]]:
         """Read the chosen dims, per table, from the chosen variables."""
         dims: list[list[int]] = [[] for _ in self.tables]
         for column in np.flatnonzero(chosen):

@@ -2,11 +2,11 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -15,15 +15,15 @@ from torch import Tensor
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success it becomes ``path`` in one step, on error it is removed."""
+    """Yield a temporary path beside ``path``; on success it becomes ``path`` in one step, on error it is removed.
+
+    The block creates the file, so that it gets the permissions of any new file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{uuid4().hex}.tmp")
     try:
         yield temporary
         _flush(temporary)
-        temporary.chmod(0o644)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -42,7 +42,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write plain data to ``path`` atomically, as JSON a person can read."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+    write_text(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:
@@ -66,17 +66,17 @@ def read_state(path: Path) -> Any:
         with safe_open(path, framework="pt") as file:
             structure = json.loads((file.metadata() or {})["structure"])
             return _unpack(structure, {key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
-    except (SafetensorError, KeyError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a whole state file ({error})") from error
 
 
 def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """Replace tensors by references, and dicts by lists of pairs, since JSON has no integer keys."""
+    """Replace tensors by references, and dicts by lists of pairs, since JSON has text keys only."""
     if isinstance(value, Tensor):
         tensors[str(len(tensors))] = value.detach().cpu().clone().contiguous()
         return {"tensor": str(len(tensors) - 1)}
     if isinstance(value, Mapping):
-        return {"dict": [[key, _pack(item, tensors)] for key, item in value.items()]}
+        return {"dict": [[_pack(key, tensors), _pack(item, tensors)] for key, item in value.items()]}
     if isinstance(value, tuple):
         return {"tuple": [_pack(item, tensors) for item in value]}
     if isinstance(value, list):
@@ -95,4 +95,4 @@ def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return tensors[value["tensor"]]
     if "tuple" in value:
         return tuple(_unpack(item, tensors) for item in value["tuple"])
-    return {key: _unpack(item, tensors) for key, item in value["dict"]}
+    return {_unpack(key, tensors): _unpack(item, tensors) for key, item in value["dict"]}

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 # State that is linear in the gradient, and state that is quadratic: a gate g folded into the weights divides the gradient
 # by g, so the former is divided by g and the latter by g squared.
-FIRST_MOMENTS = frozenset({"exp_avg", "momentum_buffer"})
+FIRST_MOMENTS = frozenset({"exp_avg", "exp_inf", "grad_avg", "momentum_buffer"})
 SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"})
 
 
@@ -25,17 +25,23 @@ def check_hook_fires(optimizer: Any) -> None:
     Raises:
         AttachError: where it will not, as with TorchRec's KeyedOptimizerWrapper, whose step is not torch's.
     """
-    if isinstance(optimizer, Optimizer) and getattr(type(optimizer).step, "hooked", False):
+    if _has_hooked_step(optimizer):
         return
-    inner = getattr(optimizer, "_optimizer", None)
-    if isinstance(inner, Optimizer):
-        hint = f"attach the {type(inner).__name__} inside: attach({type(optimizer).__name__.lower()}._optimizer, ...)"
+    inner, path = optimizer, "optimizer"
+    while not _has_hooked_step(inner) and hasattr(inner, "_optimizer"):
+        inner, path = inner._optimizer, f"{path}._optimizer"
+    if _has_hooked_step(inner):
+        hint = f"attach the {type(inner).__name__} inside: attach({path}, ...)"
     else:
         hint = "attach the torch.optim optimizers it is made of: attach([...], ...)"
     raise AttachError(
         f"a search step follows optimizer.step() through torch's step hook, and {type(optimizer).__name__}.step does not "
         f"call it.\n  Possible solutions: 1) {hint}  2) call session.step(batch) in your loop."
     )
+
+
+def _has_hooked_step(optimizer: Any) -> bool:
+    return isinstance(optimizer, Optimizer) and getattr(type(optimizer).step, "hooked", False)
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,8 @@ class Slice:
         if name not in FIRST_MOMENTS | SECOND_MOMENTS:
             return None
         gates = self.gates.to(old.device)
-        scale = torch.where(gates > 0, gates.reciprocal(), 0.0) ** (1 if name in FIRST_MOMENTS else 2)
+        # The clamp keeps the square of a reciprocal finite, so that a moment of zero stays zero.
+        scale = torch.where(gates > 0, gates.clamp(min=1e-12).reciprocal(), 0.0) ** (1 if name in FIRST_MOMENTS else 2)
         if kept.shape != gates.shape:  # row-wise: one moment per row, the mean over its columns
             scale = scale.mean(dim=1).view(kept.shape)
         return (kept * scale).to(kept.dtype)
@@ -95,10 +102,13 @@ def carried_state(state: dict[str, Any], shape: torch.Size, part: Slice) -> dict
     """Return the state of a new parameter; empty, so that the optimizer starts anew, where it cannot be carried over."""
     carried: dict[str, Any] = {}
     for name, value in state.items():
-        if not isinstance(value, Tensor) or (value.numel() <= 1 and value.dim() == 0):
+        if not isinstance(value, Tensor) or value.dim() == 0:
             carried[name] = value.clone() if isinstance(value, Tensor) else value
             continue
-        moments = part.moments(name, value) if value.shape[0] == shape[0] else None
+        if name == "momentum_buffer" and "square_avg" in state:  # RMSprop's: steps, free of the gradient's scale
+            moments: Tensor | None = part.of(value)
+        else:
+            moments = part.moments(name, value) if value.shape[0] == shape[0] else None
         if moments is None:
             log.warning("optimizer state %r cannot follow a compacted table; it starts anew", name)
             return {}

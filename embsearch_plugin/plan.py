@@ -53,6 +53,9 @@ class TablePlan:
             where the rows already stand in plan order.
         columns: (D,), a permutation: ``columns[k]`` is the original column at place k. ``None`` for the natural order.
         mask: bool (V, D), the weights kept by a fine-grained plan; then ``order`` and ``columns`` are ``None``.
+
+    Raises:
+        PlanError: where these do not fit each other or the table.
     """
 
     table: Table
@@ -61,6 +64,36 @@ class TablePlan:
     columns: tuple[int, ...] | None = None
     mask: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        problem = next(self._problems(), None)
+        if problem:
+            raise PlanError(f"the plan of table {str(self.table)!r} is malformed: {problem}")
+
+    def _problems(self) -> Iterator[str]:
+        """Yield what does not fit: the one place where plans are checked, built or loaded."""
+        rows, dim, dims = self.table.rows, self.table.dim, [block.dim for block in self.blocks]
+        if not dims or any(block.rows < 1 for block in self.blocks) or sum(block.rows for block in self.blocks) != rows:
+            yield f"its blocks must hold one row or more each, and the table's {rows} together"
+        if not all(0 <= d <= dim for d in dims):
+            yield f"dims must lie between 0 and the table's {dim}; got {dims}"
+        if self.mask is not None:
+            if self.mask.dtype != torch.bool or self.mask.shape != (rows, dim):
+                yield f"its mask must be bool ({rows}, {dim}); got {self.mask.dtype} {tuple(self.mask.shape)}"
+            return
+        if dims != sorted(dims, reverse=True):
+            yield f"blocks must stand by falling dim; got {dims}"
+        if self.order is not None and not self._lists_kept_rows(self.order):
+            yield "its row order must list, as int32, every row that is kept once"
+        if self.columns is not None and (len(self.columns) != dim or sorted(self.columns) != list(range(dim))):
+            yield f"its column order must be a permutation of {dim} columns"
+
+    def _lists_kept_rows(self, order: Tensor) -> bool:
+        kept = sum(block.rows for block in self.blocks if block.dim)
+        if order.dtype != torch.int32 or order.shape != (kept,):
+            return False
+        distinct = order.unique()
+        return distinct.numel() == kept and bool(((distinct >= 0) & (distinct < self.table.rows)).all())
+
     @classmethod
     def nested(
         cls, table: Table, dims: Sequence[int], rows: Sequence[Tensor], columns: Sequence[int] | None = None
@@ -68,20 +101,22 @@ class TablePlan:
         """Build a plan from each row block's dim and rows (int32 tensors of original row numbers)."""
         ranked = sorted(zip(dims, rows, strict=True), key=lambda pair: -pair[0])
         ranked = [(dim, block) for dim, block in ranked if block.numel()]
-        blocks = tuple(Block(block.numel(), dim) for dim, block in ranked)
-        natural = columns is None or list(columns) == sorted(columns) or all(b.dim in (0, table.dim) for b in blocks)
+        blocks = tuple(Block(block.numel(), int(dim)) for dim, block in ranked)
+        placed = None if columns is None else tuple(int(column) for column in columns)
+        if placed == tuple(range(table.dim)) or all(b.dim in (0, table.dim) for b in blocks):
+            placed = None
         if len({block.dim for block in blocks}) == 1:
-            return cls(table, (Block(table.rows, blocks[0].dim),), None, None if natural else tuple(columns or ()))
-        order = torch.cat([block for dim, block in ranked if dim])
+            return cls(table, (Block(table.rows, blocks[0].dim),), None, placed)
+        order = torch.cat([block for dim, block in ranked if dim]).int().cpu()
         ranked_already = torch.equal(order, torch.arange(order.numel(), dtype=order.dtype))
-        return cls(table, blocks, None if ranked_already else order, None if natural else tuple(columns or ()))
+        return cls(table, blocks, None if ranked_already else order, placed)
 
     @classmethod
     def fine(cls, table: Table, mask: Tensor, rows: Sequence[Tensor]) -> "TablePlan":
         """Build a fine-grained plan from the weights to keep, bool (V, D); ``rows`` are the blocks to report by."""
         kept = mask.sum(1)
         blocks = tuple(Block(r.numel(), round(float(kept[r.long()].float().mean()), 3)) for r in rows if r.numel())
-        return cls(table, blocks, mask=mask.bool())
+        return cls(table, blocks, mask=mask.bool().cpu())
 
     @cached_property
     def chunks(self) -> tuple[Chunk, ...]:
@@ -97,7 +132,9 @@ class TablePlan:
     @property
     def width(self) -> int:
         """The largest dim that any row keeps."""
-        return int(max(block.dim for block in self.blocks))
+        if self.mask is not None:
+            return int(self.mask.sum(1).max())
+        return int(self.blocks[0].dim)
 
     @property
     def n_params(self) -> int:
@@ -143,10 +180,17 @@ class SizePlan:
     Args:
         tables: a :class:`TablePlan` per table, in the model's order.
         align: stored widths are multiples of it.
+
+    Raises:
+        PlanError: where ``align`` is below one.
     """
 
     tables: tuple[TablePlan, ...]
     align: int = 4
+
+    def __post_init__(self) -> None:
+        if self.align < 1:
+            raise PlanError(f"align must be at least 1; got {self.align}.")
 
     @property
     def n_params(self) -> int:
@@ -170,7 +214,7 @@ class SizePlan:
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, and beside it, named by its hash, one safetensors file with row orders and masks."""
         path = Path(path)
-        tensors = {key: tensor for plan in self.tables for key, tensor in _tensors(plan)}
+        tensors = {f"{number}/{key}": t for number, plan in enumerate(self.tables) for key, t in _tensors(plan)}
         content = save_tensors(tensors)
         sidecar = f"{path.stem}-{hashlib.sha256(content).hexdigest()[:16]}.safetensors" if tensors else None
         if sidecar:
@@ -196,19 +240,24 @@ class SizePlan:
         """Read a plan.
 
         Raises:
-            PlanError: where the file is missing, cut short, of another format, or its sidecar is not the one it names.
+            PlanError: where the file is missing, cut short, edited or of another format, or its sidecar is not the one
+                it names.
         """
         path = Path(path)
         data = _read_json(path)
-        tensors = _read_sidecar(path, data["sidecar"]) if data["sidecar"] else {}
+        tensors = {} if data.get("sidecar") is None else _read_sidecar(path, str(data["sidecar"]))
         try:
-            plan = cls(tuple(_table_from_json(entry, tensors) for entry in data["tables"]), data["align"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise PlanError(f"{path} is not a whole size plan: {error!r} is missing or malformed.") from error
-        if plan.size_bytes != data["size_bytes"]:
-            raise PlanError(
-                f"{path} says {data['size_bytes']} bytes but its tables add up to {plan.size_bytes}; it was edited or damaged."
-            )
+            tables = (_table_from_json(entry, f"{number}/", tensors) for number, entry in enumerate(data["tables"]))
+            plan = cls(tuple(tables), int(data["align"]))
+            # Every value was converted to its type, so that what was not of that type, or does not follow from the
+            # rest, differs now.
+            same = _text(plan.to_json(data["sidecar"])) == _text(data)
+        except KeyError as error:
+            raise PlanError(f"{path} is not a whole size plan: {error} is missing. Save it again.") from error
+        except (AttributeError, OverflowError, PlanError, RecursionError, TypeError, ValueError) as error:
+            raise PlanError(f"{path} was edited or damaged: {error}. Save it again.") from error
+        if not same:
+            raise PlanError(f"{path} was edited or damaged: its sizes do not follow from its tables. Save it again.")
         return plan
 
     def __str__(self) -> str:
@@ -225,9 +274,13 @@ class SizePlan:
 
 def _tensors(plan: TablePlan) -> Iterator[tuple[str, Tensor]]:
     if plan.order is not None:
-        yield f"{plan.table}/order", plan.order.int().contiguous()
+        yield "order", plan.order
     if plan.mask is not None:
-        yield f"{plan.table}/mask", pack_bits(plan.mask)
+        yield "mask", pack_bits(plan.mask)
+
+
+def _text(data: dict[str, Any]) -> str:
+    return json.dumps(data, sort_keys=True)
 
 
 def _table_to_json(plan: TablePlan) -> dict[str, Any]:
@@ -248,16 +301,18 @@ def _table_to_json(plan: TablePlan) -> dict[str, Any]:
     }
 
 
-def _table_from_json(entry: dict[str, Any], tensors: dict[str, Tensor]) -> TablePlan:
-    dtype = getattr(torch, entry["dtype"])
-    table = Table(entry["collection"], entry["name"], entry["rows"], entry["dim"], dtype, tuple(entry["features"]))
-    blocks = tuple(Block(block["rows"], block["dim"]) for block in entry["blocks"])
-    if sum(block.rows for block in blocks) != table.rows:
-        raise ValueError(f"the blocks of {table} do not add up to its {table.rows} rows")
+def _table_from_json(entry: dict[str, Any], prefix: str, tensors: dict[str, Tensor]) -> TablePlan:
+    dtype = getattr(torch, str(entry["dtype"]), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"there is no dtype {entry['dtype']!r}")
+    features = tuple(str(feature) for feature in entry["features"])
+    table = Table(str(entry["collection"]), str(entry["name"]), int(entry["rows"]), int(entry["dim"]), dtype, features)
     if entry["kind"] == "fine":
-        return TablePlan(table, blocks, mask=unpack_bits(tensors[f"{table}/mask"], table.rows, table.dim))
-    order = tensors[f"{table}/order"] if entry["ordered"] else None
-    columns = tuple(entry["columns"]) if entry["columns"] is not None else None
+        blocks = tuple(Block(int(block["rows"]), float(block["dim"])) for block in entry["blocks"])
+        return TablePlan(table, blocks, mask=unpack_bits(tensors[prefix + "mask"], table.rows, table.dim))
+    blocks = tuple(Block(int(block["rows"]), int(block["dim"])) for block in entry["blocks"])
+    order = tensors[prefix + "order"] if entry["ordered"] else None
+    columns = None if entry["columns"] is None else tuple(int(column) for column in entry["columns"])
     return TablePlan(table, blocks, order, columns)
 
 
@@ -266,15 +321,12 @@ def _read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise PlanError(f"cannot read the size plan {path}: {error.strerror}.") from error
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         raise PlanError(f"{path} is not a whole size plan ({error}); it may have been cut short. Save it again.") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise PlanError(f"{path} is not a size plan: it must hold an object with format {FORMAT!r}.")
     if data.get("version") != VERSION:
         raise PlanError(f"{path} has format version {data.get('version')!r}; this version of the plugin reads {VERSION}.")
-    missing = {"align", "sidecar", "tables", "size_bytes"} - data.keys()
-    if missing:
-        raise PlanError(f"{path} is not a whole size plan: {', '.join(sorted(missing))} missing.")
     return data
 
 
@@ -282,8 +334,8 @@ def _read_sidecar(path: Path, name: str) -> dict[str, Tensor]:
     sidecar = path.parent / Path(name).name
     try:
         content = sidecar.read_bytes()
-    except OSError as error:
-        raise PlanError(f"the size plan {path} needs {name} beside it: {error.strerror}. Copy both files.") from error
+    except (OSError, ValueError) as error:
+        raise PlanError(f"the size plan {path} needs {name!r} beside it: {error}. Copy both files.") from error
     if hashlib.sha256(content).hexdigest()[:16] not in name:
         raise PlanError(f"{sidecar} is damaged: its content is not what its name says. Save the plan again.")
     try:
@@ -300,7 +352,13 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, rows: int, columns: int) -> Tensor:
-    """Undo :func:`pack_bits`: bool (rows, columns)."""
+    """Undo :func:`pack_bits`: bool (rows, columns).
+
+    Raises:
+        ValueError: where ``packed`` does not hold that many bits.
+    """
+    if packed.dtype != torch.uint8 or packed.shape != (-(-rows * columns // 8),):
+        raise ValueError(f"a packed mask of {rows} x {columns} bits has another size")
     bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
     return bits.flatten()[: rows * columns].view(rows, columns).bool()
 

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from math import isclose
+from numbers import Integral
+from operator import index
 from typing import Literal
 
 import torch
@@ -11,7 +13,8 @@ from torch import Tensor
 
 from embsearch_plugin.errors import SpaceError
 
-# Each block holds half of the rows that are left, so the few rows that fill most of a zipf-distributed log are told apart.
+# From the rare rows on, each block holds half of the rows that are left, so that the few rows which fill most of a
+# zipf-distributed log are told apart.
 HALVING = (1 / 32, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
 
 
@@ -53,9 +56,9 @@ class SearchSpace:
     @property
     def shares(self) -> tuple[float, ...]:
         """The blocks' shares of the rows."""
-        if isinstance(self.row_blocks, int):
-            return (1 / self.row_blocks,) * self.row_blocks if self.row_blocks > 0 else ()
-        return tuple(self.row_blocks)
+        if isinstance(self.row_blocks, Sequence):
+            return tuple(self.row_blocks)
+        return (1 / self.row_blocks,) * self.row_blocks if _is_count(self.row_blocks) else ()
 
     def cut_rows(self, rows: int) -> tuple[int, ...]:
         """Cut ``rows`` ranked rows into blocks; return their sizes (S,), which sum to ``rows``."""
@@ -72,12 +75,14 @@ class SearchSpace:
         """Cut ``dim`` columns into chunks; return their widths (T,), which sum to ``dim``."""
         if self.column_chunks is None:
             return _halve(dim, self.align)
-        if isinstance(self.column_chunks, int):
-            if self.column_chunks < 1 or dim % self.column_chunks:
-                raise SpaceError(f"column_chunks={self.column_chunks} does not divide a table of dim {dim}. Give the widths.")
-            widths: tuple[int, ...] = (dim // self.column_chunks,) * self.column_chunks
+        if isinstance(self.column_chunks, Sequence):
+            widths = tuple(index(width) for width in self.column_chunks)
+        elif _is_count(self.column_chunks) and dim % self.column_chunks == 0:
+            widths = (dim // self.column_chunks,) * self.column_chunks
         else:
-            widths = tuple(self.column_chunks)
+            raise SpaceError(
+                f"column_chunks must be a number that divides the table's dim {dim}, or the widths; got {self.column_chunks!r}."
+            )
         if sum(widths) != dim or min(widths) < 1:
             raise SpaceError(
                 f"column chunk widths must be positive and sum to the table's dim {dim}; got {widths} (sum {sum(widths)})."
@@ -89,6 +94,10 @@ class SearchSpace:
     def dims(self, dim: int) -> tuple[int, ...]:
         """Candidate dims of a table of width ``dim``: 0 and every sum of leading chunks, ascending."""
         return (0, *accumulate(self.chunk_widths(dim)))
+
+
+def _is_count(value: object) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Integral) and int(value) > 0
 
 
 def _halve(dim: int, align: int) -> tuple[int, ...]:
@@ -113,8 +122,8 @@ class RowBlocks:
     order: Tensor
 
     def lookup(self) -> Tensor:
-        """Return the block of each row: uint8 (V,), int16 where there are more than 256 blocks."""
-        dtype = torch.uint8 if len(self.sizes) <= 256 else torch.int16
+        """Return the block of each row: (V,), uint8 or the smallest larger type that numbers all blocks."""
+        dtype = next(t for t in (torch.uint8, torch.int16, torch.int32) if len(self.sizes) <= torch.iinfo(t).max + 1)
         ranked = torch.repeat_interleave(torch.arange(len(self.sizes), dtype=dtype), torch.tensor(self.sizes))
         blocks = torch.empty_like(ranked)
         blocks[self.order.long()] = ranked
@@ -141,7 +150,7 @@ def cut_tables(counts: Sequence[Tensor], space: SearchSpace) -> list[RowBlocks]:
 
 
 def _cut_globally(counts: Sequence[Tensor], space: SearchSpace) -> list[tuple[int, ...]]:
-    """Cut one list of all rows of all tables; return each table's rows in each of the L blocks."""
+    """Cut one list of all rows of all tables; return each table's rows in each of the S blocks."""
     merged = torch.argsort(torch.cat([count.flatten() for count in counts]), descending=True, stable=True)
     table_of = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor([c.numel() for c in counts]))[merged]
     blocks = torch.split(table_of, list(space.cut_rows(merged.numel())))

@@ -40,14 +40,20 @@ class Ranking:
         """Rank and cut for the first time, or again when it is time."""
         if self._tables.blocks is not None and (self._given is not None or step < self._next):
             return
-        self._tables.cut(cut_tables(self._counts(), self._space))
+        self._tables.cut(cut_tables(self.counts(), self._space))
         self._next = max(2 * step, 1)
 
-    def _counts(self) -> list[Tensor]:
+    def counts(self) -> list[Tensor]:
+        """Return how often each row occurred, per table (V,): as given, or as counted until now.
+
+        Raises:
+            SessionError: where counts are missing or of another shape, or nothing was counted yet.
+        """
+        if self._given is not None and not isinstance(self._given, Mapping):
+            counted = self._pass_over(self._given)
+            self._given = {str(spec): count for spec, count in zip(self._tables.specs, counted, strict=True)}
         if isinstance(self._given, Mapping):
             return self._checked(self._given)
-        if self._given is not None:
-            return self._pass_over(self._given)
         counts = self._counted()
         if not any(bool(count.any()) for count in counts):
             raise SessionError(

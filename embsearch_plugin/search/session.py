@@ -107,9 +107,17 @@ class Session:
         """Return a table's weights times their gates, float32 (V, D): its rows as the model sees them."""
         return self._tables.merged_weight(table)
 
-    def block_energy(self, table: int) -> Tensor:
-        """Return the sum of squares of the merged weights, per row block and column: float64 (S, D)."""
-        return self._tables.block_energy(table)
+    @property
+    def frequencies(self) -> list[Tensor]:
+        """How often each row occurred, per table (V,): as given, or as counted until now, over all processes."""
+        return self._ranking.counts()
+
+    def block_energy(self, table: int, frequencies: Tensor | None = None) -> Tensor:
+        """Return the sum of squares of the merged weights, per row block and column: float64 (S, D).
+
+        With ``frequencies``, (V,), each row counts by its share of them.
+        """
+        return self._tables.block_energy(table, frequencies)
 
     def evaluate(self, batch: Any, gates: Sequence[Tensor]) -> Outcome:
         """Run the objective with ``gates`` in place of the current ones; leaves no trace in the model."""
