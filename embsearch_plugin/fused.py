@@ -1,5 +1,6 @@
 """Tables on FBGEMM's table-batched embeddings (TBE), on one device, with the optimizer fused into the backward."""
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,12 @@ class FusedEmbeddingBags(EmbeddingBagCollectionInterface):
 
     def __init__(self, plain: EmbeddingBagCollection, fused_params: Mapping[str, Any]) -> None:
         super().__init__()
+        frozen = [name for name, parameter in plain.named_parameters() if not parameter.requires_grad]
+        if frozen:
+            raise SessionError(
+                f"fused kernels train every table they hold, and {frozen[0]!r} is frozen (requires_grad=False).\n"
+                "  Possible solutions: 1) put frozen tables into a collection of their own  2) train without fused=."
+            )
         self.fused_params = dict(fused_params)
         self.embedding_bags = plain.embedding_bags
         self._configs = plain.embedding_bag_configs()
@@ -70,7 +77,11 @@ class FusedEmbeddingBags(EmbeddingBagCollectionInterface):
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Look up and pool: (B, sum of dims), keyed as the plain collection."""
         keys, dims = [slot.key for slot in self._slots], [slot.dim for slot in self._slots]
-        pooled = [group.pool(features) for group in self._groups]
+        if torch.is_inference_mode_enabled():  # which the kernels do not know
+            with torch.inference_mode(False), torch.no_grad():
+                pooled = [group.pool(features) for group in self._groups]
+        else:
+            pooled = [group.pool(features) for group in self._groups]
         if len(pooled) == 1:
             return KeyedTensor(keys, dims, pooled[0])
         columns = {
@@ -79,6 +90,15 @@ class FusedEmbeddingBags(EmbeddingBagCollectionInterface):
             for slot, part in zip(group.slots, values.split([s.dim for s in group.slots], dim=1), strict=True)
         }
         return KeyedTensor(keys, dims, torch.cat([columns[slot] for slot in self._slots], dim=1))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FusedEmbeddingBags":
+        """Copy parameters and kernels, and let the copied parameters be views of the copied kernels again."""
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        for group in copied._groups:
+            group.share_memory()
+        return copied
 
     def optimizer_states(self) -> dict[str, dict[str, Tensor]]:
         """Return each table's optimizer state by name, as views of the kernels' memory."""
@@ -116,6 +136,10 @@ class _Group:
             self.weights[0],
             bags.fused_params,
         )
+        self.share_memory()
+
+    def share_memory(self) -> None:
+        """Put the parameters' values into the kernel, and let the parameters be views of its memory."""
         for weight, memory in zip(self.weights, self.kernel.split_embedding_weights(), strict=True):
             memory.copy_(weight.data)
             weight.data = memory

@@ -13,6 +13,8 @@ from embsearch_plugin.errors import AttachError
 
 log = logging.getLogger(__name__)
 
+SMALLEST_GATE = 0.05  # below it, moments start anew: they come from gates that were larger, and dividing would blow them up
+
 # State that is linear in the gradient, and state that is quadratic: a gate g folded into the weights divides the gradient
 # by g, so the former is divided by g and the latter by g squared.
 FIRST_MOMENTS = frozenset({"exp_avg", "exp_inf", "grad_avg", "momentum_buffer"})
@@ -25,6 +27,8 @@ def check_hook_fires(optimizer: Any) -> None:
     Raises:
         AttachError: where it will not, as with TorchRec's KeyedOptimizerWrapper, whose step is not torch's.
     """
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise AttachError("LBFGS keeps its parameters as one vector, which compact tables cannot join. Use another optimizer.")
     if _has_hooked_step(optimizer):
         return
     inner, path = optimizer, "optimizer"
@@ -80,22 +84,26 @@ class Slice:
         if name not in FIRST_MOMENTS | SECOND_MOMENTS:
             return None
         gates = self.gates.to(old.device)
-        # The clamp keeps the square of a reciprocal finite, so that a moment of zero stays zero.
-        scale = torch.where(gates > 0, gates.clamp(min=1e-12).reciprocal(), 0.0) ** (1 if name in FIRST_MOMENTS else 2)
         if kept.shape != gates.shape:  # row-wise: one moment per row, the mean over its columns
-            scale = scale.mean(dim=1).view(kept.shape)
+            gates = gates.square().mean(dim=1).sqrt().view(kept.shape)
+        power = 1 if name in FIRST_MOMENTS else 2
+        scale = torch.where(gates >= SMALLEST_GATE, gates.clamp(min=SMALLEST_GATE).reciprocal(), 0.0) ** power
         return (kept * scale).to(kept.dtype)
 
 
-def replace_parameter(optimizer: Optimizer, old: nn.Parameter, slices: Sequence[Slice]) -> None:
-    """Put new parameters in the place of ``old``, with their part of its state."""
-    for group in optimizer.param_groups:
-        index = next((i for i, p in enumerate(group["params"]) if p is old), None)
-        if index is not None:
-            group["params"][index : index + 1] = [part.new for part in slices]
+def replace_parameter(optimizer: Optimizer, old: nn.Parameter, slices: Sequence[Slice]) -> bool:
+    """Put new parameters in the place of ``old``, with their part of its state; return whether ``old`` was there."""
+    group, index = next(((g, i) for g in optimizer.param_groups for i, p in enumerate(g["params"]) if p is old), (None, 0))
+    if group is None:
+        return False
+    group["params"][index : index + 1] = [part.new for part in slices]
+    if "param_names" in group:
+        name = group["param_names"][index]
+        group["param_names"][index : index + 1] = [f"{name}#{number}" for number in range(len(slices))]
     state = optimizer.state.pop(old, None)
     for part in slices if state else ():
         optimizer.state[part.new] = carried_state(state, old.shape, part)
+    return True
 
 
 def carried_state(state: dict[str, Any], shape: torch.Size, part: Slice) -> dict[str, Any]:

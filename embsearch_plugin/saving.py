@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from embsearch_plugin.compact.collection import CompactEmbeddingBagCollection
-from embsearch_plugin.compact.rewrite import fill, put_in_place, slices_of
+from embsearch_plugin.compact.rewrite import compact_form, fill, slices_of
 from embsearch_plugin.errors import PlanError
 from embsearch_plugin.files import atomic
 from embsearch_plugin.plan import SizePlan, mismatch
@@ -29,12 +29,14 @@ def apply(model: nn.Module, plan: SizePlan) -> nn.Module:
     if tables != [p.table for p in plan.tables]:
         raise PlanError(mismatch(tables, plan))
     for collection in found:
-        compact = put_in_place(model, collection, plan.for_collection(collection.paths[0]))
+        plans = plan.for_collection(collection.paths[0])
+        compact = compact_form(collection, plans, collection.module.training)
         for index, table in enumerate(collection.tables):
             weight = collection.module.get_parameter(f"embedding_bags.{table.name}.weight")
-            for part in slices_of(compact, index):
+            for part in slices_of(compact, index, plans[index]):
                 if not weight.is_meta:
                     fill(part, weight)
+        collection.replace_in(model, compact)
     return model
 
 
@@ -46,7 +48,7 @@ def save(model: nn.Module, plan: SizePlan, folder: str | Path) -> None:
     """
     folder = Path(folder)
     planned = [p.table for p in plan.tables]
-    present = [p.table for m in model.modules() if isinstance(m, CompactEmbeddingBagCollection) for p in m.plans]
+    present = [p for m in model.modules() if isinstance(m, CompactEmbeddingBagCollection) for p in m.tables]
     if planned != present:
         raise PlanError(
             "save takes a compact model and its plan; this model's tables are not the plan's.\n"

@@ -78,7 +78,7 @@ class SearchSpace:
         if isinstance(self.column_chunks, Sequence):
             widths = tuple(index(width) for width in self.column_chunks)
         elif _is_count(self.column_chunks) and dim % self.column_chunks == 0:
-            widths = (dim // self.column_chunks,) * self.column_chunks
+            widths = (dim // index(self.column_chunks),) * self.column_chunks
         else:
             raise SpaceError(
                 f"column_chunks must be a number that divides the table's dim {dim}, or the widths; got {self.column_chunks!r}."

@@ -182,7 +182,7 @@ def _state(stage: Stage) -> dict[str, Any]:
     return {
         "model": stage.model.state_dict(),
         "optimizer": stage.optimizer.state_dict(),
-        "kernels": [bags.kernel_state() for bags in _fused(stage.model)],
+        "kernels": [bags.kernel_state() for bags in _fused(stage)],
         "session": None if stage.session is None else stage.session.state_dict(),
         "observers": {name: observer.state_dict() for name, observer in stage.observers.items()},
         "history": stage.history,
@@ -195,11 +195,10 @@ def _restore(stage: Stage, path: Path) -> dict[str, Any]:
     """Put model, optimizer and search back to what they were when ``path`` was written; return the rest of it."""
     state: dict[str, Any] = read_state(path)
     if stage.session is not None:
-        stage.session.fuse()
         stage.session.load_state_dict(state["session"])
     stage.model.load_state_dict(state["model"])
     stage.optimizer.load_state_dict(state["optimizer"])
-    for bags, kernels in zip(_fused(stage.model), state["kernels"], strict=True):
+    for bags, kernels in zip(_fused(stage), state["kernels"], strict=True):
         bags.load_kernel_state(kernels)
     return state
 
@@ -214,5 +213,8 @@ def _resume(stage: Stage) -> None:
     torch.set_rng_state(state["random"])
 
 
-def _fused(model: nn.Module) -> list[FusedEmbeddingBags]:
-    return [module for module in model.modules() if isinstance(module, FusedEmbeddingBags)]
+def _fused(stage: Stage) -> list[FusedEmbeddingBags]:
+    """Return the fused collections whose state nobody else keeps; a session keeps that of its own."""
+    if stage.session is not None:
+        return []
+    return [module for module in stage.model.modules() if isinstance(module, FusedEmbeddingBags)]

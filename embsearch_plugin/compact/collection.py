@@ -7,8 +7,9 @@ a chunk does not hold is left out of the bag before the lookup: it contributes z
     id -> remap -> place;  chunk c looks up the places below its rows;  outputs concatenate, zeros fill up to D
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,40 +18,41 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingBagCollectionInterface
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
-from embsearch_plugin.compact.fine import FineTable
+from embsearch_plugin.compact.fine import FineTable, FixedIndex
 from embsearch_plugin.fused import FusedEmbeddingBags
 from embsearch_plugin.plan import Chunk, TablePlan
+from embsearch_plugin.randomness import private_random
 from embsearch_plugin.supernet.bags import bags_of, check_ids, rows_at
 from embsearch_plugin.supernet.slots import Slot, slots_of
 
 
-class TableIndex(nn.Module):
+class TableIndex(FixedIndex):
     """Where a table's rows and columns went. Holds a remap and a placement only where the plan needs them."""
 
-    def __init__(self, plan: TablePlan, device: torch.device) -> None:
+    def __init__(self, plan: TablePlan) -> None:
         super().__init__()
         self.remap: Tensor | None
         self.placement: Tensor | None
-        self.register_buffer("remap", _remap(plan, device))
-        self.register_buffer("placement", _placement(plan, device))
+        self.register_buffer("remap", _remap(plan))
+        self.register_buffer("placement", _placement(plan))
 
 
-def _remap(plan: TablePlan, device: torch.device) -> Tensor | None:
+def _remap(plan: TablePlan) -> Tensor | None:
     """Return the place of each row, int32 (V,); dropped rows are behind every chunk."""
     if plan.order is None:
         return None
-    remap = torch.full((plan.table.rows,), plan.order.numel(), dtype=torch.int32)
-    remap[plan.order.long()] = torch.arange(plan.order.numel(), dtype=torch.int32)
-    return remap.to(device)
+    remap = torch.full((plan.table.rows,), plan.order.numel(), dtype=torch.int32, device="cpu")
+    remap[plan.order.long()] = torch.arange(plan.order.numel(), dtype=torch.int32, device="cpu")
+    return remap
 
 
-def _placement(plan: TablePlan, device: torch.device) -> Tensor | None:
+def _placement(plan: TablePlan) -> Tensor | None:
     """Return for each original column its place in the column order, int32 (D,)."""
     if plan.columns is None:
         return None
-    placement = torch.empty(plan.table.dim, dtype=torch.int32)
-    placement[torch.tensor(plan.columns)] = torch.arange(plan.table.dim, dtype=torch.int32)
-    return placement.to(device)
+    placement = torch.empty(plan.table.dim, dtype=torch.int32, device="cpu")
+    placement[torch.tensor(plan.columns, device="cpu")] = torch.arange(plan.table.dim, dtype=torch.int32, device="cpu")
+    return placement
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class CompactEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     ) -> None:
         super().__init__()
         device = device or torch.device("cpu")
-        self.plans = tuple(plans)
+        self.tables = tuple(plan.table for plan in plans)
         self._configs = list(configs)
         self._weighted = is_weighted
         self._slots = slots_of(configs)
@@ -90,9 +92,11 @@ class CompactEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self._parts = [_Part(i, chunk) for i, slot in enumerate(self._slots) for chunk in plans[slot.table].chunks]
         tables = _chunk_configs(configs, plans, self._parts, self._slots)
         self.chunks: EmbeddingBagCollectionInterface | None
-        self.chunks = EmbeddingBagCollection(tables, is_weighted, device) if tables else None
-        self.index = nn.ModuleList(TableIndex(plan, device) for plan in plans)
+        self.chunks = _chunk_tables(tables, plans, is_weighted, device) if tables else None
+        self.index = nn.ModuleList(TableIndex(plan) for plan in plans)
         self.fine = nn.ModuleDict({str(i): FineTable(plan, device) for i, plan in enumerate(plans) if plan.mask is not None})
+        if device.type != "meta":
+            self.to(device)
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
         """The original configs: what the model around it was built for."""
@@ -195,10 +199,30 @@ def chunk_name(table: str, chunk: int) -> str:
     return f"{table}#{chunk}"
 
 
+def _chunk_tables(
+    configs: list[EmbeddingBagConfig], plans: Sequence[TablePlan], is_weighted: bool, device: torch.device
+) -> EmbeddingBagCollection:
+    """Build the chunks' tables, in the types that the original weights have, whatever their configs say."""
+    with private_random(0):
+        chunks = EmbeddingBagCollection(configs, is_weighted, device)
+    dtypes = [plan.table.dtype for plan in plans for _ in plan.chunks]
+    for bag, dtype in zip(chunks.embedding_bags.values(), dtypes, strict=True):
+        bag.to(dtype)
+    return chunks
+
+
+def _initialize(init_fn: Callable[[Tensor], Any], weight: Tensor) -> None:
+    """Draw a chunk's first weights; a function that knows only the original's shape is replaced by a normal draw."""
+    try:
+        init_fn(weight)
+    except (RuntimeError, ValueError, IndexError):
+        nn.init.normal_(weight, std=0.01)
+
+
 def _chunk_configs(
     configs: Sequence[EmbeddingBagConfig], plans: Sequence[TablePlan], parts: Sequence[_Part], slots: Sequence[Slot]
 ) -> list[EmbeddingBagConfig]:
-    """Return a config per chunk. ``replace`` keeps the ``init_fn`` that is bound to the original number of rows."""
+    """Return a config per chunk. Weights are drawn as the original's: in a range that depends on its number of rows."""
     return [
         replace(
             config,
@@ -206,6 +230,7 @@ def _chunk_configs(
             num_embeddings=chunk.rows,
             embedding_dim=chunk.width,
             pooling=PoolingType.SUM,
+            init_fn=partial(_initialize, config.init_fn),
             feature_names=[str(i) for i, part in enumerate(parts) if slots[part.slot].table == t and part.chunk is chunk],
         )
         for t, (config, plan) in enumerate(zip(configs, plans, strict=True))

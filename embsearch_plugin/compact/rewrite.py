@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from embsearch_plugin.collection import FoundCollection
 from embsearch_plugin.compact.collection import CompactEmbeddingBagCollection, chunk_name
@@ -13,21 +14,24 @@ from embsearch_plugin.optimizers import Slice, replace_parameter
 from embsearch_plugin.plan import SizePlan, TablePlan
 from embsearch_plugin.plugins import build_compact
 from embsearch_plugin.search.tables import SearchedTables
-from embsearch_plugin.space import RowBlocks
 
 
 def slices_of(
-    compact: CompactEmbeddingBagCollection, index: int, gate: Tensor | None = None, lookup: Tensor | None = None
+    compact: CompactEmbeddingBagCollection,
+    index: int,
+    plan: TablePlan,
+    gate: Tensor | None = None,
+    lookup: Tensor | None = None,
 ) -> Iterator[Slice]:
     """Yield what each stored tensor of a table keeps of the original.
 
     Args:
         compact: the compact collection.
         index: the table's place in it.
+        plan: what the table keeps.
         gate: (S, D), folded into the weights.
         lookup: (V,), each row's block.
     """
-    plan = compact.plans[index]
     row_gates = None if gate is None or lookup is None or bool((gate == 1).all()) else (gate.cpu(), lookup.long())
     if plan.mask is not None:
         values = compact.fine[str(index)].values
@@ -63,41 +67,61 @@ def _gates_of(gate: Tensor, lookup: Tensor, rows: Tensor | None, columns: Tensor
 
 
 @torch.no_grad()
-def fill(part: Slice, weight: Tensor) -> None:
-    """Write the kept weights, times their gates, into the new parameter."""
+def fill(part: Slice, weight: nn.Parameter) -> None:
+    """Write the kept weights, times their gates, into the new parameter; frozen tables stay frozen."""
     kept = part.of(weight)
     part.new.copy_(kept if part.gates is None else kept.float() * part.gates.to(kept.device))
+    part.new.requires_grad_(weight.requires_grad)
 
 
-def put_in_place(model: nn.Module, found: FoundCollection, plans: Sequence[TablePlan]) -> CompactEmbeddingBagCollection:
-    """Build a compact collection and put it where ``model`` holds the original."""
+def compact_form(found: FoundCollection, plans: Sequence[TablePlan], training: bool) -> CompactEmbeddingBagCollection:
+    """Build a collection's compact form, not yet filled."""
     compact = build_compact(found, plans)
     assert isinstance(compact, CompactEmbeddingBagCollection)
-    compact.train(found.module.training)
-    found.replace_in(model, compact)
-    return compact
+    if isinstance(compact.chunks, EmbeddingBagCollection):
+        for table, plan in zip(found.tables, plans, strict=True):
+            sparse = found.module.get_submodule(f"embedding_bags.{table.name}").sparse
+            for number in range(len(plan.chunks)):
+                compact.chunks.embedding_bags[chunk_name(table.name, number)].sparse = sparse
+    return compact.train(training)
 
 
-def rewrite(model: nn.Module, tables: SearchedTables, plan: SizePlan, optimizers: Sequence[Optimizer]) -> None:
-    """Replace every searchable collection by its compact form, weights and optimizer state carried over."""
-    gates = tables.split(tables.gates if tables.blocks is not None else [None] * len(tables.specs))
-    blocks: list[RowBlocks | None] = [None] * len(tables.specs)
-    if tables.blocks is not None:
-        blocks = list(tables.blocks)
-    lookups = tables.split([None if cut is None else cut.lookup() for cut in blocks])
-    for found, supernet, plans, gate, lookup in zip(
-        tables.found, tables.supernets, tables.split(plan.tables), gates, lookups, strict=True
-    ):
-        compact = put_in_place(model, found, plans)
-        slices = [list(slices_of(compact, i, gate[i], lookup[i])) for i in range(len(plans))]
+def rewrite(model: nn.Module, tables: SearchedTables, plan: SizePlan, optimizers: Sequence[Optimizer]) -> list[str]:
+    """Replace every searchable collection by its compact form, weights and optimizer state carried over.
+
+    Everything is built and filled before anything is replaced.
+
+    Returns:
+        The tables that can be trained and that no optimizer holds.
+    """
+    rewritten = [_rewritten(tables, number, plans) for number, plans in enumerate(tables.split(plan.tables))]
+    orphans = []
+    for found, supernet, (compact, slices) in zip(tables.found, tables.supernets, rewritten, strict=True):
+        found.replace_in(model, compact)
         for index, parts in enumerate(slices):
             weight = supernet.table_weight(index)
-            for part in parts:
-                fill(part, weight)
-            for optimizer in optimizers:
-                replace_parameter(optimizer, weight, parts)
-        if isinstance(supernet.inner, FusedEmbeddingBags):
-            _fuse_alike(supernet.inner, compact, slices)
+            held = [replace_parameter(optimizer, weight, parts) for optimizer in optimizers]
+            if not any(held) and weight.requires_grad and supernet.is_plain and parts:
+                orphans.append(str(found.tables[index]))
+    return orphans
+
+
+def _rewritten(
+    tables: SearchedTables, number: int, plans: Sequence[TablePlan]
+) -> tuple[CompactEmbeddingBagCollection, list[list[Slice]]]:
+    """Build and fill one collection's compact form; return it with what each of its parameters keeps of each table."""
+    found, supernet = tables.found[number], tables.supernets[number]
+    compact = compact_form(found, plans, supernet.training)
+    slices = []
+    for index, plan in enumerate(plans):
+        cut = None if tables.blocks is None else tables.split(tables.blocks)[number][index]
+        gate = None if cut is None else supernet.gates[index]
+        slices.append(list(slices_of(compact, index, plan, gate, None if cut is None else cut.lookup())))
+        for part in slices[-1]:
+            fill(part, supernet.table_weight(index))
+    if isinstance(supernet.inner, FusedEmbeddingBags):
+        _fuse_alike(supernet.inner, compact, slices)
+    return compact, slices
 
 
 def _fuse_alike(old: FusedEmbeddingBags, compact: CompactEmbeddingBagCollection, slices: Sequence[Sequence[Slice]]) -> None:

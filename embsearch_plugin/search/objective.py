@@ -2,16 +2,15 @@
 
 import copy
 import dataclasses
-import random
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from embsearch_plugin.errors import ObjectiveError
+from embsearch_plugin.randomness import private_random
 
 Objective = Callable[[nn.Module, Any], Any]
 
@@ -92,31 +91,6 @@ def untouched(model: nn.Module, exclude: Iterable[nn.Module], seed: int) -> Iter
                 buffers.update(restored)
 
 
-@contextmanager
-def private_random(seed: int, generators: Iterable[torch.Generator] = ()) -> Iterator[None]:
-    """Draw random numbers (torch, NumPy, Python) from ``seed`` inside; restore every random state afterwards.
-
-    Args:
-        seed: of the numbers drawn inside.
-        generators: others to draw from ``seed`` and to restore.
-    """
-    seed %= 2**32  # as NumPy wants it
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    # There are no CUDA generators before CUDA is in use, and using it is not for us to begin.
-    states = [(g, g.get_state()) for g in (torch.default_generator, *torch.cuda.default_generators, *generators)]
-    try:
-        random.seed(seed)
-        np.random.seed(seed)
-        for generator, _ in states:
-            generator.manual_seed(seed)
-        yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        for generator, state in states:
-            generator.set_state(state)
-
-
 def move(batch: Any, device: torch.device) -> Any:
     """Move a batch to ``device``: anything with ``to``; tuples, lists, dicts and dataclasses of such, type by type."""
     if callable(getattr(batch, "to", None)):
@@ -133,20 +107,3 @@ def move(batch: Any, device: torch.device) -> Any:
         fields = [field.name for field in dataclasses.fields(batch) if field.init]
         return dataclasses.replace(batch, **{name: move(getattr(batch, name), device) for name in fields})
     return batch
-
-
-class Autocast(NamedTuple):
-    """The autocast that a training forward ran under, to be repeated by a search step."""
-
-    device: str
-    dtype: torch.dtype
-    enabled: bool
-
-    @classmethod
-    def now(cls, device: str) -> "Autocast":
-        """Read the autocast that is on now."""
-        return cls(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-
-    def again(self) -> torch.autocast:
-        """Return it as a context."""
-        return torch.autocast(self.device, self.dtype, self.enabled)

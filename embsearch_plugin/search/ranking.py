@@ -1,7 +1,7 @@
 """Which rows are frequent: counting ids, and when to rank the rows by the counts."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,17 +54,17 @@ class Ranking:
             self._given = {str(spec): count for spec, count in zip(self._tables.specs, counted, strict=True)}
         if isinstance(self._given, Mapping):
             return self._checked(self._given)
-        counts = self._counted()
-        if not any(bool(count.any()) for count in counts):
+        return self._counted()
+
+    def _counted(self) -> list[Tensor]:
+        counts = [count for supernet in self._tables.supernets for count in supernet.counts or []]
+        totals = [distributed.total(count.long()).cpu() for count in counts]
+        if not any(bool(count.any()) for count in totals):
             raise SessionError(
                 "rows cannot be ranked: no id was counted yet.\n  Possible solutions: 1) take some training steps before "
                 "a search step  2) give frequencies= to prepare."
             )
-        return counts
-
-    def _counted(self) -> list[Tensor]:
-        counts = [count for supernet in self._tables.supernets for count in supernet.counts or []]
-        return [distributed.total(count.long()).cpu() for count in counts]
+        return totals
 
     def _checked(self, given: Mapping[str, Tensor]) -> list[Tensor]:
         counts = []
@@ -78,11 +78,13 @@ class Ranking:
 
     def _pass_over(self, batches: Iterable[Any]) -> list[Tensor]:
         self._start_counting()
+        for supernet in self._tables.supernets:
+            supernet.counts_always = True
         for batch in batches:
             self._run(batch)
         counts = self._counted()
         for supernet in self._tables.supernets:
-            supernet.counts = None
+            supernet.counts, supernet.counts_always = None, False
         return counts
 
     def _start_counting(self) -> None:
@@ -98,4 +100,4 @@ class Ranking:
         """Go on from ``state``."""
         self._next = state["next"]
         for supernet, counts in zip(self._tables.supernets, state["counts"], strict=True):
-            supernet.counts = cast("list[Tensor] | None", counts)
+            supernet.counts = None if counts is None else [count.clone() for count in counts]

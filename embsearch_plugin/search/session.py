@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from embsearch_plugin import distributed
 from embsearch_plugin.algorithms.base import Algorithm, AlgorithmConfig
+from embsearch_plugin.autocast import Autocast
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import Table
 from embsearch_plugin.compact.rewrite import rewrite
@@ -21,7 +22,7 @@ from embsearch_plugin.hookspecs import PROJECT, SessionHooks
 from embsearch_plugin.optimizers import check_hook_fires
 from embsearch_plugin.plan import SizePlan, mismatch
 from embsearch_plugin.plugins import manager
-from embsearch_plugin.search.objective import Autocast, Objective, Outcome, move, outcome_of, train_task, untouched
+from embsearch_plugin.search.objective import Objective, Outcome, move, outcome_of, train_task, untouched
 from embsearch_plugin.search.ranking import Frequencies, Ranking
 from embsearch_plugin.search.second_order import after_weight_step
 from embsearch_plugin.search.tables import SearchedTables, SearchTable
@@ -70,9 +71,9 @@ class Session:
         self._stepped: set[int] = set()
         self._validation: ValidationStream | None = None
         self._training: ValidationStream | None = None
-        self._autocast: Autocast | None = None
         self._train_batch: Any = None
         self._inside = False  # a forward of ours is running
+        self._started = self._over = False
         self._last_plan: SizePlan | None = None
 
     # What algorithms and observers read and write.
@@ -121,6 +122,7 @@ class Session:
 
     def evaluate(self, batch: Any, gates: Sequence[Tensor]) -> Outcome:
         """Run the objective with ``gates`` in place of the current ones; leaves no trace in the model."""
+        self._check_not_over()
         with self._own_forward(), self._tables.searching(gates):
             return outcome_of(self._objective, self.model, batch)
 
@@ -135,21 +137,25 @@ class Session:
         Raises:
             NonFiniteLoss: where the loss is NaN or infinite.
         """
-        with self._own_forward():
-            outcome = self._second_order(batch, gates, xi) if xi else self.evaluate(batch, gates)
-            loss = float(outcome.loss.detach())
-            if not math.isfinite(loss):
-                raise NonFiniteLoss(
-                    f"the validation loss must be a number; got {loss} at step {self.step_count}. Gates and weights are as "
-                    "before.\n  Possible solutions: 1) a lower learning rate  2) look for NaN in the validation batches."
-                )
-            if not outcome.loss.requires_grad:
-                raise ObjectiveError(
-                    "the loss must depend on the gates, but it has no graph. Is it detached, or under no_grad?"
-                )
-            gradients = torch.autograd.grad(outcome.loss, list(leaves), allow_unused=True)
-        filled = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, gradients, strict=True)]
-        return loss, distributed.mean(filled)
+        # The gates stay in place until the gradient is there: checkpointed parts of the model run again for it.
+        with self._own_forward(), self._tables.searching(gates):
+            outcome = self._second_order(batch, gates, xi) if xi else outcome_of(self._objective, self.model, batch)
+            gradients = self._checked_gradients(outcome.loss, leaves)
+        return float(outcome.loss.detach()), distributed.mean(gradients)
+
+    def _checked_gradients(self, loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
+        if not math.isfinite(float(loss.detach())):
+            raise NonFiniteLoss(_not_finite("loss", float(loss.detach()), self.step_count))
+        found = torch.autograd.grad(loss, list(leaves), allow_unused=True) if loss.requires_grad else ()
+        if all(gradient is None for gradient in found):
+            raise ObjectiveError(
+                "the loss must depend on the tables' gates, and it does not.\n  Possible solutions: 1) do not detach it, nor "
+                "compute it under no_grad  2) checkpoint with use_reentrant=False  3) an objective that runs the tables."
+            )
+        gradients = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
+        if not all(bool(gradient.isfinite().all()) for gradient in gradients):
+            raise NonFiniteLoss(_not_finite("gradient", math.nan, self.step_count))
+        return gradients
 
     # The loop.
 
@@ -170,8 +176,9 @@ class Session:
         Raises:
             AttachError: where a step hook cannot fire, or a loader is an iterator.
         """
-        optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
-        if self._optimizers:
+        self._check_not_over()
+        optimizers = list(dict.fromkeys(optimizer)) if isinstance(optimizer, Sequence) else [optimizer]
+        if self._step_hooks:
             raise AttachError("this session is attached already; call detach() first.")
         for each in optimizers:
             check_hook_fires(each)
@@ -181,10 +188,13 @@ class Session:
         self._step_hooks = [each.register_step_post_hook(self._after_optimizer_step) for each in optimizers]
 
     def detach(self) -> None:
-        """Take no more search steps by themselves; ``attach`` may be called again."""
+        """Take no more search steps by themselves; ``attach`` may be called again.
+
+        The optimizers are remembered: ``compact`` rewrites their state.
+        """
         for handle in self._step_hooks:
             handle.remove()
-        self._step_hooks, self._optimizers, self._stepped = [], [], set()
+        self._step_hooks, self._stepped = [], set()
 
     def register(self, observer: object) -> None:
         """Add an observer: an object with hooks of :class:`embsearch_plugin.hookspecs.SessionHooks`."""
@@ -193,6 +203,7 @@ class Session:
 
     def step(self, batch: Any) -> Mapping[str, float]:
         """Take one search step by hand on a validation batch; return its metrics."""
+        self._check_not_over()
         return self._search_step(lambda: batch)
 
     def validated(self, metrics: Mapping[str, float]) -> None:
@@ -223,10 +234,10 @@ class Session:
         return metrics
 
     def _rank(self) -> None:
-        first = self._tables.blocks is None
-        self._ranking.rank(self.step_count)
-        if first:
+        self._ranking.rank(max(self.step_count, self.search_steps))
+        if not self._started:
             self._plugins.hook.embsearch_search_start(session=self)
+            self._started = True
 
     def _on_first_usable(self, next_batch: Callable[[], Any], tries: int = 1000) -> Mapping[str, float]:
         """Take a search step on the first batch with enough examples (two, where the model has batch norm)."""
@@ -248,9 +259,7 @@ class Session:
         """The model is about to be run by its owner."""
         if self._inside:
             return
-        self.fuse()
         if self.model.training and torch.is_grad_enabled():
-            self._autocast = Autocast.now(self._tables.device.type)
             self._train_batch = args[0] if len(args) == 1 and not kwargs else None
             self._plugins.hook.embsearch_before_forward(session=self, step=self.step_count)
 
@@ -261,7 +270,7 @@ class Session:
             yield
             return
         self._inside = True
-        autocast = self._autocast or Autocast.now(self._tables.device.type)
+        autocast = self._tables.supernets[0].autocast or Autocast.now(self._tables.device.type)
         seed = self._seed * 1_000_003 + self.search_steps
         try:
             with untouched(self.model, self._tables.supernets, seed), autocast.again(), torch.enable_grad():
@@ -298,6 +307,8 @@ class Session:
             SessionError: before the first search step.
             BudgetError: where no plan fits.
         """
+        self._check_not_over()
+        self._tables.check_dtypes()
         if not self.search_steps:
             raise SessionError(
                 f"derive needs at least one search step; {self.step_count} weight steps were taken, and the warm-up takes "
@@ -311,39 +322,67 @@ class Session:
             self._plugins.hook.embsearch_plan_changed(session=self, step=self.step_count, previous=previous, current=plan)
         return plan
 
-    def compact(self, plan: SizePlan) -> nn.Module:
-        """Rewrite the model in place with compact tables, and the attached optimizers' state with them; return it.
+    def compact(self, plan: SizePlan, optimizer: Optimizer | Sequence[Optimizer] = ()) -> nn.Module:
+        """Rewrite the model in place with compact tables, and the optimizers' state with them; return the model.
 
-        The model then computes what it computed with the gates under the plan, and nothing of the search is left in it.
+        The model then computes what it computed with the gates under the plan, and nothing of the search is left in it. The
+        session is over. A DDP wrapper around the model must be made anew: it holds the old tables.
+
+        Args:
+            plan: of this model.
+            optimizer: further optimizers that hold tables, besides those that were attached.
 
         Raises:
             PlanError: where the plan is for another model.
-            SessionError: where the model is sharded.
+            SessionError: where the model is sharded, or was rewritten already.
         """
+        self._check_not_over()
+        self._tables.check_dtypes()
         if [p.table for p in plan.tables] != self._tables.specs:
             raise PlanError(mismatch(self._tables.specs, plan))
+        if torch.is_inference_mode_enabled():
+            raise SessionError("compact makes new parameters, which could not be trained if made in inference mode.")
         if not all(supernet.is_local for supernet in self._tables.supernets):
             raise SessionError(
                 "a sharded model cannot be rewritten in place.\n  Possible solution: plan = session.derive() on every rank, "
                 "then es.apply(build_model.original(), plan), then DistributedModelParallel again."
             )
-        rewrite(self.model, self._tables, plan, self._optimizers)
+        more = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+        orphans = rewrite(self.model, self._tables, plan, list(dict.fromkeys([*self._optimizers, *more])))
+        if orphans:
+            log.warning(
+                "no optimizer holds the compact tables of %s: pass theirs to compact(plan, optimizer), or make a new one",
+                ", ".join(orphans),
+            )
+        if distributed.world_size() > 1:
+            log.warning("the model has new parameters: wrap it in DistributedDataParallel anew")
         self._plugins.hook.embsearch_search_end(session=self, plan=plan)
+        self._leave()
+        return self.model
+
+    def _leave(self) -> None:
+        """Remove what is left of the search in the model, and let go of the old tables."""
         self.detach()
         self._pre_hook.remove()
         self.model.__dict__.pop(ATTRIBUTE, None)
-        return self.model
+        self._over = True
+        self._train_batch = self._validation = self._training = None
+        self._optimizers = []
+        del self._tables, self._ranking
+
+    def _check_not_over(self) -> None:
+        if self._over:
+            raise SessionError("this search is over: its model was compacted. Search a model built anew.")
 
     # Checkpoints.
 
-    def fuse(self) -> None:
-        """Put the tables on fused kernels now, where that was asked for; otherwise the first forward does."""
-        self._tables.fuse()
-
     def state_dict(self) -> dict[str, Any]:
         """Return what a search needs to go on in a new process: tensors and plain values only."""
+        self._check_not_over()
         blocks = self._tables.blocks
         return {
+            "for": self._fingerprint(),
+            "kernels": self._tables.kernel_states(),
             "algorithm": self.algorithm.state_dict(),
             "step_count": self.step_count,
             "search_steps": self.search_steps,
@@ -354,15 +393,30 @@ class Session:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state``; call after ``attach``, so that the validation loader takes up its place."""
+        """Go on from ``state``; call after ``attach``, so that the validation loader takes up its place.
+
+        Raises:
+            SessionError: where the state is of a search on another model, or by another algorithm.
+        """
+        self._check_not_over()
+        if state.get("for") != self._fingerprint():
+            raise SessionError(
+                f"this state is of a search by {state.get('for', ['?'])[0]!r} on other tables or in another space.\n"
+                "  Possible solution: prepare the model as it was prepared when the state was saved."
+            )
+        self._tables.load_kernel_states(state["kernels"])
         self.step_count, self.search_steps = state["step_count"], state["search_steps"]
         self._ranking.load_state_dict(state["ranking"])
         if state["blocks"] is not None:
             self._tables.cut([RowBlocks(tuple(b["sizes"]), b["order"]) for b in state["blocks"]])
             self.set_gates(state["gates"])
-        self.algorithm.load_state_dict(state["algorithm"])
+        self._started = state["blocks"] is not None
+        self.algorithm.load_state_dict(move(state["algorithm"], self._tables.device))
         if self._validation is not None and state["validation"] is not None:
             self._validation.load_state_dict(state["validation"])
+
+    def _fingerprint(self) -> list[str]:
+        return [self.config.name, repr(self.space), *(f"{s} {s.rows} x {s.dim} {s.dtype}" for s in self.specs)]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A session belongs to one model; a copy of the model has none."""
@@ -398,6 +452,13 @@ def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     session = model.__dict__.get(ATTRIBUTE)
     if session is not None:
         session._weight_forward(args, kwargs)
+
+
+def _not_finite(what: str, value: float, step: int) -> str:
+    return (
+        f"the validation {what} must be a number; got {value} at step {step}. Gates and weights are as before.\n"
+        "  Possible solutions: 1) a lower learning rate  2) look for NaN in the validation batches."
+    )
 
 
 def _has_batch_norm(model: nn.Module) -> bool:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from embsearch_plugin import distributed
-from embsearch_plugin.collection import Table
+from embsearch_plugin.collection import FoundCollection, Table
+from embsearch_plugin.errors import SessionError, SpaceError, UnsupportedCollection
+from embsearch_plugin.fused import FusedEmbeddingBags
 from embsearch_plugin.plugins import build_supernet, find_collections
 from embsearch_plugin.space import RowBlocks, SearchSpace
 from embsearch_plugin.supernet.searchable import SearchableEmbeddingBagCollection
@@ -36,10 +38,15 @@ class SearchedTables:
     """
 
     def __init__(self, model: nn.Module, space: SearchSpace, fused: Mapping[str, Any] | None = None) -> None:
-        self._fused = fused
         self.found = find_collections(model)
+        for found in self.found:
+            refuse_ties(model, found)
         self.supernets = [cast(SearchableEmbeddingBagCollection, build_supernet(f, space)) for f in self.found]
         self.specs: list[Table] = [table for found in self.found for table in found.tables]
+        if fused is not None:
+            _check_widths(self.specs, space)
+        for supernet in self.supernets:
+            supernet.fused_params = fused
         self.blocks: list[RowBlocks] | None = None
         for found, supernet in zip(self.found, self.supernets, strict=True):
             found.replace_in(model, supernet)
@@ -54,16 +61,38 @@ class SearchedTables:
         """Weight bytes of the original tables."""
         return sum(spec.size_bytes for spec in self.specs)
 
-    def fuse(self) -> None:
-        """Put the tables on fused kernels, where that was asked for; done late, when they are where they stay."""
-        for supernet in self.supernets:
-            supernet.fuse(self._fused)
-
     def cut(self, blocks: list[RowBlocks]) -> None:
         """Say which rows are in which block; gates start at one the first time, and are kept later."""
         self.blocks = blocks
         for supernet, part in zip(self.supernets, self.split(blocks), strict=True):
             supernet.set_blocks(part, supernet.device)
+
+    def kernel_states(self) -> list[dict[str, Any]]:
+        """Return what fused kernels hold besides weights, a dict per fused collection."""
+        return [s.inner.kernel_state() for s in self.supernets if isinstance(s.inner, FusedEmbeddingBags)]
+
+    def load_kernel_states(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Go on from ``states``."""
+        if states:
+            for supernet in self.supernets:
+                supernet.fuse()
+        fused = [s.inner for s in self.supernets if isinstance(s.inner, FusedEmbeddingBags)]
+        for inner, state in zip(fused, states, strict=True):
+            inner.load_kernel_state(state)
+
+    def check_dtypes(self) -> None:
+        """Make sure that weights are still stored in the type that was there at the start, since bytes are counted by it.
+
+        Raises:
+            SessionError: where the model was converted since.
+        """
+        for index, spec in enumerate(self.specs):
+            for _, _, weight in self.weight_pieces(index):
+                if weight.dtype != spec.dtype:
+                    raise SessionError(
+                        f"table {spec} was {spec.dtype} when the search began and is {weight.dtype} now, so its bytes are "
+                        "others.\n  Possible solution: convert the model before it is prepared."
+                    )
 
     @property
     def gates(self) -> list[Tensor]:
@@ -127,3 +156,33 @@ class SearchedTables:
             parts.append(list(items[start : start + len(found.tables)]))
             start += len(found.tables)
         return parts
+
+
+def refuse_ties(model: nn.Module, found: FoundCollection) -> None:
+    """Refuse tables whose weights the model uses elsewhere too: a rewrite would part them.
+
+    Raises:
+        UnsupportedCollection: naming both places.
+    """
+    inside = tuple(f"{path}." for path in found.paths)
+    owners: dict[int, str] = {}
+    for name, parameter in found.module.named_parameters(remove_duplicate=False):
+        if id(parameter) in owners:
+            raise UnsupportedCollection(f"the tables {owners[id(parameter)]!r} and {name!r} of {found.paths[0]!r} are one.")
+        owners[id(parameter)] = name
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in owners and not name.startswith(inside):
+            raise UnsupportedCollection(
+                f"{name!r} is the same parameter as {owners[id(parameter)]!r} of {found.paths[0]!r}; with a compact table it "
+                "could not be.\n  Possible solution: give the two parameters of their own."
+            )
+
+
+def _check_widths(specs: Sequence[Table], space: SearchSpace) -> None:
+    for spec in specs:
+        if spec.dim % 4 or space.align % 4:
+            raise SpaceError(
+                f"fused kernels store widths that are multiples of 4; table {spec} has dim {spec.dim}, and align is "
+                f"{space.align}.\n  Possible solutions: 1) SearchSpace(align=4) and dims that are multiples of 4  "
+                "2) train without fused=."
+            )

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from embsearch_plugin.errors import AttachError
-from embsearch_plugin.search.objective import private_random
+from embsearch_plugin.randomness import private_random
 
 
 class ValidationStream:

@@ -22,9 +22,8 @@ def bags_of(features: KeyedJaggedTensor, names: Sequence[str]) -> dict[str, Jagg
     """
     if features.variable_stride_per_key():
         raise InputError(
-            "batches with a batch size of their own per feature (variable stride) are not supported during a search.\n"
-            "  Possible solutions: 1) build the KeyedJaggedTensor with one stride  2) search without deduplication, and "
-            "turn it on again for the compact model."
+            "a batch size of its own per feature (variable stride) is not supported by searchable and compact collections.\n"
+            "  Possible solution: build the KeyedJaggedTensor with one stride, without deduplication."
         )
     if not features.stride():
         raise InputError("a batch must hold at least one example; got a batch of size 0. Skip it in the loop.")

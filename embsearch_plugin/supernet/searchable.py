@@ -7,7 +7,7 @@ they were. Gates act on what comes out. A bag of one id comes out as one row, to
 longer bag is split by row block first, so that every part of it has one gate row.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import gcd, prod
 from typing import Any
@@ -21,6 +21,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from embsearch_plugin import distributed
+from embsearch_plugin.autocast import Autocast
 from embsearch_plugin.collection import Table
 from embsearch_plugin.fused import FusedEmbeddingBags, requested
 from embsearch_plugin.space import RowBlocks
@@ -53,6 +54,13 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self.slots = slots_of(self._configs)
         self._features = list(dict.fromkeys(slot.feature for slot in self.slots))
         self.counts: list[Tensor] | None = None  # per table (V,), while ids are counted
+        self.counts_always = False  # in every forward, not in training only
+        self.fused_params: Mapping[str, Any] | None = None
+        self.autocast: Autocast | None = None  # of the last training forward
+        # Not buffers: they are made after the model, and a copy of it made before (for averaging, say) has none; and they
+        # must stay float32 where the model is converted.
+        self._gates: list[Tensor] = []
+        self._blocks: list[Tensor] = []
         self._candidates: list[Tensor] | None = None  # gates of a search step, in place of the buffers
         self._virtual: VirtualRows | None = None
         self.smallest_batch = 1
@@ -75,23 +83,23 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
 
     def set_blocks(self, blocks: Sequence[RowBlocks], device: torch.device) -> None:
         """Say which row is in which block. Gates start at one; later calls keep them."""
-        first = self._pieces is None
-        for index, (table, cut) in enumerate(zip(self.tables, blocks, strict=True)):
-            self.register_buffer(f"block_{index}", cut.lookup().to(device), persistent=False)
-            if first:
-                ones = torch.ones(len(cut.sizes), table.dim, device=device)
-                self.register_buffer(f"gate_{index}", ones, persistent=False)
+        self._blocks = [cut.lookup().to(device) for cut in blocks]
+        if self._pieces is None:
+            self._gates = [
+                torch.ones(len(cut.sizes), table.dim, dtype=torch.float32, device=device)
+                for table, cut in zip(self.tables, blocks, strict=True)
+            ]
         self._pieces = _Pieces(self.slots, [len(cut.sizes) for cut in blocks])
 
     def set_gates(self, gates: Sequence[Tensor]) -> None:
         """Write the gates, per table (S, D)."""
-        for index, gate in enumerate(gates):
-            self.get_buffer(f"gate_{index}").copy_(gate)
+        for mine, gate in zip(self._gates, gates, strict=True):
+            mine.copy_(gate)
 
     @property
     def gates(self) -> list[Tensor]:
-        """The gates, per table float32 (S, D)."""
-        return [self.get_buffer(f"gate_{index}") for index in range(len(self.tables))]
+        """The gates, per table float32 (S, D); none before :meth:`set_blocks`."""
+        return self._gates
 
     @property
     def is_plain(self) -> bool:
@@ -103,10 +111,21 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         """Whether whole tables are on this process, plain or fused; not so once they are sharded."""
         return self.is_plain or isinstance(self.inner, FusedEmbeddingBags)
 
-    def fuse(self, fused_params: Mapping[str, Any] | None) -> None:
-        """Put plain tables on fused kernels, where that was asked for."""
+    @property
+    def embedding_bags(self) -> nn.ModuleDict:
+        """The tables by name, as the original has them."""
+        return self.inner.embedding_bags
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SearchableEmbeddingBagCollection":
+        super()._apply(fn, recurse)
+        self._gates = [gate.to(self.device) for gate in self._gates]
+        self._blocks = [block.to(self.device) for block in self._blocks]
+        return self
+
+    def fuse(self) -> None:
+        """Put plain tables on fused kernels, where that was asked for; the first forward does, where they stay."""
         if isinstance(self.inner, EmbeddingBagCollection):
-            params = requested(self.inner, fused_params)
+            params = requested(self.inner, self.fused_params)
             if params is not None:
                 self.inner = FusedEmbeddingBags(self.inner, params)
 
@@ -143,8 +162,12 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         """Look up, gate and pool: (B, sum of dims), keyed as the original."""
         if self._candidates is not None and features.stride() < self.smallest_batch:
             raise TooSmallBatch
+        self.fuse()
         bags = bags_of(features, self._features)
-        if self.counts is not None and self.training and torch.is_grad_enabled() and self._candidates is None:
+        weight_step = self.training and torch.is_grad_enabled() and self._candidates is None
+        if weight_step:
+            self.autocast = Autocast.now(features.values().device.type)
+        if self.counts is not None and (weight_step or self.counts_always):
             self._count(bags, self.counts)
         if self._pieces is None and self._candidates is None:
             self._check(bags)
@@ -153,7 +176,8 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             return self._output(self._pool_virtual(bags, self._virtual, self._candidates or []))
         if has_long_bags(features):
             return self._output(self._pool_split(bags))
-        return self._output(self._looked_up(features) * self._gates_of(bags))
+        gates = self._gates_of(bags)  # before the lookup: it finds ids without a row, which fused kernels overwrite
+        return self._output(self._looked_up(features) * gates)
 
     def _output(self, values: Tensor) -> KeyedTensor:
         return KeyedTensor([s.key for s in self.slots], [s.dim for s in self.slots], values)
@@ -175,8 +199,7 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
 
     def _blocks_of(self, slot: Slot, bags: Mapping[str, JaggedTensor]) -> Tensor:
         """Return the block of each id of a slot, (n,)."""
-        lookup = self.get_buffer(f"block_{slot.table}")
-        return rows_at(lookup, bags[slot.feature].values(), self.tables[slot.table].name, slot.feature)
+        return rows_at(self._blocks[slot.table], bags[slot.feature].values(), self.tables[slot.table].name, slot.feature)
 
     def _gates_of(self, bags: Mapping[str, JaggedTensor]) -> Tensor:
         """Gather the gate row of each bag of at most one id: (B, sum of dims)."""
@@ -201,7 +224,7 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     def _cells(self, bags: Mapping[str, JaggedTensor]) -> tuple[list[Tensor], dict[Slot, Tensor], int]:
         """Return the cell of each id per feature; per slot, the block that each of the S cells stands for; and S."""
         by_feature = {f: [slot for slot in self.slots if slot.feature == f] for f in bags}
-        blocks = {slot: self.get_buffer(f"gate_{slot.table}").shape[0] for slot in self.slots}
+        blocks = {slot: self._gates[slot.table].shape[0] for slot in self.slots}
         size = max(prod(blocks[slot] for slot in slots) for slots in by_feature.values())
         cells, digits = [], {}
         for feature, slots in by_feature.items():
@@ -255,10 +278,12 @@ def _steps_kept(inner: nn.Module) -> Iterator[None]:
     kernels = inner.kernels if isinstance(inner, FusedEmbeddingBags) else inner.modules()
     counted = [k for k in kernels if isinstance(k, SplitTableBatchedEmbeddingBagsCodegen) and hasattr(k, "iter")]
     saved = [(k, k.iter.clone(), k.iter_cpu.clone()) for k in counted]
-    yield
-    for kernel, steps, steps_cpu in saved:
-        kernel.iter.copy_(steps)
-        kernel.iter_cpu.copy_(steps_cpu)
+    try:
+        yield
+    finally:
+        for kernel, steps, steps_cpu in saved:
+            kernel.iter.copy_(steps)
+            kernel.iter_cpu.copy_(steps_cpu)
 
 
 def _pool(rows: Tensor, bag: JaggedTensor, mean: bool) -> Tensor:

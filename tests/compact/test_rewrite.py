@@ -78,9 +78,9 @@ def test_folded_gates_rescale_the_state() -> None:
 
 
 def test_dropped_rows_give_zero_and_train_nothing() -> None:
-    model = es.apply(task(PLAIN), plan_for("one id", ((8, 0), (4, 0))))
-    table = model.collection.plans[0]
-    dropped = sorted(set(range(200)) - set(table.order.tolist()))[:32]
+    plan = plan_for("one id", ((8, 0), (4, 0)))
+    model = es.apply(task(PLAIN), plan)
+    dropped = sorted(set(range(200)) - set(plan.tables[0].order.tolist()))[:32]
     features = PLAIN.features(32, seed=1, keys=["f0", "f1"])
     features.values()[:32] = torch.tensor(dropped)
     output = model.collection(features)

@@ -14,8 +14,10 @@ from support import PLAIN, dlrm
 from torch import Tensor, nn
 from torchrec.datasets.utils import Batch
 
+from embsearch_plugin.autocast import Autocast
 from embsearch_plugin.errors import ObjectiveError
-from embsearch_plugin.search.objective import Autocast, move, outcome_of, private_random, train_task, untouched
+from embsearch_plugin.randomness import private_random
+from embsearch_plugin.search.objective import move, outcome_of, train_task, untouched
 
 LOSS, LOGITS, LABELS = torch.tensor(0.5), torch.zeros(4), torch.ones(4)
 
