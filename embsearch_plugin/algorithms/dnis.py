@@ -8,9 +8,9 @@ Differences from the paper:
     * Rows are cut per table by default; ``SearchSpace(scope="global")`` sorts the features of all tables in one list, as
       in 2.3.
     * The pruning threshold of Eq. 9 is tuned by hand there; here it follows from the budget.
-    * The default plan keeps whole (block, column) pairs, which kernels can read. Keeping the largest elements of a matrix,
-      Eq. 9, is keeping most of its energy; a pair's worth is its merged weights' energy in the lookups, where a row counts as
-      often as it occurs. The columns of a table share one order of worth, so that each block keeps a prefix of it.
+    * The default plan keeps whole (block, column) pairs, which kernels can read. A pair's worth is the energy (sum of squares)
+      of its merged weights: keeping the largest elements of a matrix, Eq. 9, is keeping most of its energy. The columns of a
+      table share one order of worth, so that each block keeps a prefix of it.
     * ``fine_grained=True`` is Eq. 9 itself, with compressed sparse rows in place of COO: their indices are smaller.
     * Second-order gradients (Eq. 7) differentiate the virtual step exactly, where DARTS takes finite differences; ``xi`` is
       a plain SGD step there whatever optimizer the user has, as in Eq. 6.
@@ -163,8 +163,7 @@ class _EarlyStop:
 
 def _derive_pairs(session: "Session", budget: Budget | None, threshold: float) -> SizePlan:
     """Choose a dim per row block: the most energy within the budget, or every pair above the threshold."""
-    energies = map(session.block_energy, range(len(session.tables)), session.frequencies)
-    tables = [_Pairs(table, energy, session) for table, energy in zip(session.tables, energies, strict=True)]
+    tables = [_Pairs(table, session.block_energy(index), session) for index, table in enumerate(session.tables)]
     if budget is None:
         chosen = [pairs.above(threshold) for pairs in tables]
     else:

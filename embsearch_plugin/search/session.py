@@ -113,12 +113,9 @@ class Session:
         """How often each row occurred, per table (V,): as given, or as counted until now, over all processes."""
         return self._ranking.counts()
 
-    def block_energy(self, table: int, frequencies: Tensor | None = None) -> Tensor:
-        """Return the sum of squares of the merged weights, per row block and column: float64 (S, D).
-
-        With ``frequencies``, (V,), each row counts by its share of them.
-        """
-        return self._tables.block_energy(table, frequencies)
+    def block_energy(self, table: int) -> Tensor:
+        """Return the sum of squares of the merged weights, per row block and column: float64 (S, D)."""
+        return self._tables.block_energy(table)
 
     def evaluate(self, batch: Any, gates: Sequence[Tensor]) -> Outcome:
         """Run the objective with ``gates`` in place of the current ones; leaves no trace in the model."""

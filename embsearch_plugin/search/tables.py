@@ -127,17 +127,12 @@ class SearchedTables:
         lookup = self._lookup(table).to(weight.device)
         return weight.detach().float() * self.gates[table].index_select(0, lookup)
 
-    def block_energy(self, table: int, frequencies: Tensor | None = None) -> Tensor:
-        """Return the sum of squares of the merged weights, per row block and column: float64 (S, D).
-
-        With ``frequencies``, (V,), each row counts by its share of them.
-        """
+    def block_energy(self, table: int) -> Tensor:
+        """Return the sum of squares of the merged weights, per row block and column: float64 (S, D)."""
         gate = self.gates[table].double().cpu()
         energy, lookup = torch.zeros_like(gate), self._lookup(table)
         for row, column, weight in self.weight_pieces(table):
             squares = weight.detach().double().cpu().square()
-            if frequencies is not None:
-                squares *= (frequencies / frequencies.sum().clamp(min=1))[row : row + weight.shape[0], None]
             part = torch.zeros(gate.shape[0], weight.shape[1], dtype=torch.float64)
             part.index_add_(0, lookup[row : row + weight.shape[0]], squares)
             energy[:, column : column + weight.shape[1]] += part

@@ -51,7 +51,7 @@ def test_compact_tables_train_whichever_way_the_search_was_stepped(way: str) -> 
 
 
 def test_compact_tables_that_nobody_trains_are_named(caplog: pytest.LogCaptureFixture) -> None:
-    model, session, _ = searched(PLAIN, optimizer=lambda params: torch.optim.SGD(list(params)[-2:], lr=0.1))
+    _, session, _ = searched(PLAIN, optimizer=lambda params: torch.optim.SGD(list(params)[-2:], lr=0.1))
     with caplog.at_level(logging.WARNING):
         session.compact(session.derive("100%"))
     assert "no optimizer holds the compact tables of collection.t0, collection.t1" in caplog.text

@@ -1,14 +1,14 @@
 """Frequency: frequent rows keep more columns, and nothing is learned.
 
-A rule of thumb, as a baseline. By Zipf's law the row of rank r is looked up in proportion to 1 / r, so the share of a
-row block in a table's lookups follows from the ranks it holds. What d columns are worth grows more slowly than d.
+A rule of thumb, as a baseline: a row block is worth its share of the table's lookups, and what d columns are worth grows
+more slowly than d.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
-from math import log1p
 from typing import Any, ClassVar
+
+from torch import Tensor
 
 import embsearch_plugin as es
 from embsearch_plugin.algorithms.base import AlgorithmConfig
@@ -48,7 +48,10 @@ class FrequencySearch:
     def embsearch_derive(self, session: es.Session, budget: es.Budget | None) -> es.SizePlan:
         """Choose the dims that are worth most within the budget; the rule has no size of its own."""
         budget = budget or session.budget
-        options = [self._options(table, session.space, budget.unit) for table in session.tables]
+        options = [
+            self._options(table, counts, session.space, budget.unit)
+            for table, counts in zip(session.tables, session.frequencies, strict=True)
+        ]
         chosen = allocate(options, budget.limit(session.original_bytes), budget.unit)
         plans = [_plan(table, dims) for table, dims in zip(session.tables, chosen, strict=True)]
         return es.SizePlan(tuple(plans), session.space.align)
@@ -60,9 +63,9 @@ class FrequencySearch:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from nothing."""
 
-    def _options(self, table: SearchTable, space: es.SearchSpace, unit: str) -> TableOptions:
+    def _options(self, table: SearchTable, counts: Tensor, space: es.SearchSpace, unit: str) -> TableOptions:
         """Offer every dim for the whole table, and for each row block by itself; then rows need a remap."""
-        shares = _shares(table.blocks.sizes)
+        shares = _shares(table, counts)
         dims, weight = space.dims(table.spec.dim), table.spec.dtype.itemsize if unit == "bytes" else 1
 
         def of(rows: int, share: float) -> tuple[Option, ...]:
@@ -73,10 +76,10 @@ class FrequencySearch:
         return TableOptions(str(table.spec), of(table.spec.rows, 1.0), blocks if len(blocks) > 1 else (), remap)
 
 
-def _shares(sizes: Sequence[int]) -> list[float]:
+def _shares(table: SearchTable, counts: Tensor) -> list[float]:
     """Return the share of each row block in the lookups of a table."""
-    edges = [0, *accumulate(sizes)]
-    return [(log1p(end) - log1p(start)) / log1p(edges[-1]) for start, end in pairwise(edges)]
+    blocks = [table.blocks.rows_of(block).long() for block in range(len(table.blocks.sizes))]
+    return [float(counts[rows].sum() / counts.sum()) for rows in blocks]
 
 
 def _plan(table: SearchTable, dims: Sequence[int]) -> TablePlan:
