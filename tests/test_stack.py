@@ -173,3 +173,14 @@ def test_the_check_at_import_time_is_light(tmp_path: Path) -> None:
     done = run_python(code, tmp_path)
     assert done.returncode == 0, done.stderr
     assert {"torch", "torchrec", "fbgemm_gpu", "numpy"}.isdisjoint(done.stdout.split())
+
+
+@pytest.mark.parametrize("statement", ["from embsearch_plugin import searchable", "import embsearch_plugin as es; es.prepare"])
+def test_a_stack_that_cannot_be_loaded_is_explained_where_the_plugin_is_imported(statement: str, tmp_path: Path) -> None:
+    (tmp_path / "fbgemm_gpu").mkdir()
+    (tmp_path / "fbgemm_gpu" / "__init__.py").write_text("raise OSError('libnvidia-ml.so.1: cannot open shared object file')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", statement], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "embsearch_plugin.errors.StackError" in done.stderr
+    assert "pip install" in done.stderr.rpartition("StackError")[2]

@@ -332,3 +332,37 @@ def test_an_earlier_plan_may_be_compacted_later() -> None:
     session.compact(plan)
     assert stored_bytes(model) == plan.size_bytes
     assert isinstance(plan, SizePlan)
+
+
+class Several(nn.Module):
+    """Two collections, one of them known by two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = PLAIN.collection(), WORLDS["mean"].collection()
+        self.alias = self.first
+        self.over = nn.Linear(48, 1)
+
+    def forward(self, batch: Any) -> Any:
+        features = batch.sparse_features
+        looked_up = [collection(features).values() for collection in (self.first, self.second, self.alias)]
+        logits = self.over(torch.cat(looked_up, 1)).squeeze(-1)
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, batch.labels)
+        return loss, (loss.detach(), logits.detach(), batch.labels)
+
+
+def test_several_collections_and_aliases_from_search_to_loading(tmp_path: Any) -> None:
+    model = Several()
+    session = es.prepare(model, algorithm=es.Dnis(warm_up=2, lr=0.1), budget="50%")
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    session.attach(optimizer, [PLAIN.batch(seed=9)])
+    train(model, optimizer, [PLAIN.batch(seed=i) for i in range(6)])
+    plan = session.derive()
+    session.compact(plan)
+    assert model.first is model.alias
+    assert stored_bytes(model) == plan.size_bytes <= 0.5 * 2 * 500 * 32
+    train(model, optimizer, [PLAIN.batch(seed=i) for i in range(3)])
+    es.save(model, plan, tmp_path)
+    loaded = es.load(tmp_path, Several())
+    assert loaded.first is loaded.alias
+    assert torch.equal(model(PLAIN.batch())[0], loaded(PLAIN.batch())[0])
