@@ -11,6 +11,8 @@ from embsearch_plugin import stack
 
 if TYPE_CHECKING:
     from embsearch_plugin.algorithms.dnis import Dnis
+    from embsearch_plugin.algorithms.magnitude import Magnitude
+    from embsearch_plugin.algorithms.uniform import Uniform
     from embsearch_plugin.budget import Budget
     from embsearch_plugin.decorator import prepare, searchable, session
     from embsearch_plugin.errors import EmbsearchError
@@ -24,9 +26,11 @@ _HOMES = {
     "Budget": "budget",
     "Dnis": "algorithms.dnis",
     "EmbsearchError": "errors",
+    "Magnitude": "algorithms.magnitude",
     "SearchSpace": "space",
     "Session": "search.session",
     "SizePlan": "plan",
+    "Uniform": "algorithms.uniform",
     "apply": "saving",
     "hookimpl": "hookspecs",
     "load": "saving",
@@ -40,9 +44,11 @@ __all__ = [
     "Budget",
     "Dnis",
     "EmbsearchError",
+    "Magnitude",
     "SearchSpace",
     "Session",
     "SizePlan",
+    "Uniform",
     "apply",
     "hookimpl",
     "load",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torchrec.optim.keyed import CombinedOptimizer
 
 from embsearch_plugin.errors import AttachError
 
@@ -93,6 +94,8 @@ class Slice:
 
 def replace_parameter(optimizer: Optimizer, old: nn.Parameter, slices: Sequence[Slice]) -> bool:
     """Put new parameters in the place of ``old``, with their part of its state; return whether ``old`` was there."""
+    if isinstance(optimizer, CombinedOptimizer):  # its state is a copy of that of the optimizers inside
+        return any(replace_parameter(inner, old, slices) for _, inner in optimizer.optimizers)
     group, index = next(((g, i) for g in optimizer.param_groups for i, p in enumerate(g["params"]) if p is old), (None, 0))
     if group is None:
         return False

@@ -17,6 +17,8 @@ from embsearch_plugin.space import SearchSpace
 
 BUILTIN = (
     "embsearch_plugin.algorithms.dnis",
+    "embsearch_plugin.algorithms.magnitude",
+    "embsearch_plugin.algorithms.uniform",
     "embsearch_adapters.torchrec_ebc",
 )
 

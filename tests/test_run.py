@@ -109,7 +109,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_its_checkpoint(tmp_pat
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_runs_in_a_small_form(recipe: Path, tmp_path: Path) -> None:
-    overrides = list(SMALL)
+    overrides = [*SMALL, "search.budget=50%"]
     if "ml1m" in recipe.stem:
         movielens.write_sample(tmp_path / "data")
         overrides.append(f"data.path={tmp_path / 'data'}")

@@ -16,7 +16,7 @@ Differences from the paper:
       a plain SGD step there whatever optimizer the user has, as in Eq. 6.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -24,14 +24,13 @@ import torch
 from torch import Tensor
 
 from embsearch_plugin.algorithms.base import AlgorithmConfig
-from embsearch_plugin.budget import Budget, Option, TableOptions, allocate, human_bytes
-from embsearch_plugin.errors import BudgetError
+from embsearch_plugin.algorithms.pruning import prune_pairs, prune_weights
+from embsearch_plugin.budget import Budget
 from embsearch_plugin.hookspecs import hookimpl
-from embsearch_plugin.plan import SizePlan, TablePlan, fine_index_bytes, placement_bytes, remap_bytes
+from embsearch_plugin.plan import SizePlan
 
 if TYPE_CHECKING:
     from embsearch_plugin.search.session import Session
-    from embsearch_plugin.search.tables import SearchTable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +97,8 @@ class DnisSearch:
     def embsearch_derive(self, session: "Session", budget: Budget | None) -> SizePlan:
         """Merge alpha into the embeddings and prune (2.5)."""
         if self.config.fine_grained:
-            return _derive_fine(session, budget, self.config.threshold)
-        return _derive_pairs(session, budget, self.config.threshold)
+            return prune_weights(session, budget, self.config.threshold)
+        return prune_pairs(session, budget, self.config.threshold)
 
     def state_dict(self) -> dict[str, Any]:
         """Return alpha, its Adam's state, and what early stopping has seen."""
@@ -159,102 +158,6 @@ class _EarlyStop:
             mean = self.total / self.window
             self.best, self.bad = (mean, 0) if mean < self.best else (self.best, self.bad + 1)
             self.total, self.seen = 0.0, 0
-
-
-def _derive_pairs(session: "Session", budget: Budget | None, threshold: float) -> SizePlan:
-    """Choose a dim per row block: the most energy within the budget, or every pair above the threshold."""
-    tables = [_Pairs(table, session.block_energy(index), session) for index, table in enumerate(session.tables)]
-    if budget is None:
-        chosen = [pairs.above(threshold) for pairs in tables]
-    else:
-        options = [pairs.options(budget.unit) for pairs in tables]
-        chosen = allocate(options, budget.limit(session.original_bytes), budget.unit)
-    plans = [pairs.plan(dims) for pairs, dims in zip(tables, chosen, strict=True)]
-    return SizePlan(tuple(plans), session.space.align)
-
-
-class _Pairs:
-    """The (block, column) pairs of one table: their energies, and the order in which its columns are kept."""
-
-    def __init__(self, table: "SearchTable", energy: Tensor, session: "Session") -> None:
-        self.table = table
-        self.dims = session.space.dims(table.spec.dim)
-        self.order = torch.argsort(energy.sum(0), descending=True, stable=True)
-        self.energy = energy[:, self.order]  # (S, D)
-
-    def options(self, unit: str) -> TableOptions:
-        spec, whole = self.table.spec, sum(self.table.blocks.sizes)
-        blocks = [self._options(energy, size, unit) for energy, size in zip(self.energy, self.table.blocks.sizes, strict=True)]
-        placement = placement_bytes(spec) if unit == "bytes" else 0
-        uniform = [
-            Option(o.dim, o.cost + (placement if o.dim not in (0, spec.dim) else 0), o.utility)
-            for o in self._options(self.energy.sum(0), whole, unit)
-        ]
-        fixed = remap_bytes(spec) + placement if unit == "bytes" else 0
-        return TableOptions(str(spec), tuple(uniform), tuple(blocks) if len(blocks) > 1 else (), fixed)
-
-    def _options(self, energy: Tensor, rows: int, unit: str) -> tuple[Option, ...]:
-        weight = self.table.spec.dtype.itemsize if unit == "bytes" else 1
-        kept = torch.nn.functional.pad(energy.cumsum(0), (1, 0)).tolist()
-        return tuple(Option(dim, rows * dim * weight, kept[dim]) for dim in self.dims)
-
-    def above(self, threshold: float) -> tuple[int, ...]:
-        """Per block, the smallest dim that keeps every column whose root mean square reaches the threshold."""
-        sizes = torch.tensor(self.table.blocks.sizes, dtype=torch.float64).clamp(min=1)
-        kept = (self.energy / sizes[:, None]).sqrt() >= threshold
-        last = (kept * torch.arange(1, kept.shape[1] + 1)).amax(1).tolist()
-        return tuple(next(dim for dim in self.dims if dim >= need) for need in last)
-
-    def plan(self, dims: Sequence[int]) -> TablePlan:
-        """Build the table's plan from one dim for all blocks, or one for each."""
-        blocks = self.table.blocks
-        per_block = list(dims) if len(dims) > 1 else list(dims) * len(blocks.sizes)
-        rows = [blocks.rows_of(block) for block in range(len(blocks.sizes))]
-        return TablePlan.nested(self.table.spec, per_block, rows, self.order.tolist())
-
-
-def _derive_fine(session: "Session", budget: Budget | None, threshold: float) -> SizePlan:
-    """Keep the weights whose merged value reaches one threshold over all tables (Eq. 9)."""
-    if budget is not None:
-        threshold = _bisect(session, budget)
-    plans = []
-    for index, table in enumerate(session.tables):
-        mask = session.merged_weight(index).abs() >= threshold
-        rows = [table.blocks.rows_of(block) for block in range(len(table.blocks.sizes))]
-        kept = bool(mask.any())
-        plans.append(TablePlan.fine(table.spec, mask, rows) if kept else TablePlan.nested(table.spec, [0], [torch.cat(rows)]))
-    return SizePlan(tuple(plans), session.space.align)
-
-
-def _bisect(session: "Session", budget: Budget) -> float:
-    """Return the smallest threshold whose plan is within the budget."""
-    limit = budget.limit(session.original_bytes)
-    largest = max(float(magnitudes.max()) for magnitudes in _magnitudes(session))
-    low, high = 0.0, largest * (1 + 1e-6) + 1e-30  # at `high` nothing is kept, and nothing costs nothing
-    if _fine_cost(session, low, budget.unit) <= limit:
-        return low
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (low, middle) if _fine_cost(session, middle, budget.unit) <= limit else (middle, high)
-    if _fine_cost(session, high, budget.unit) > limit:
-        raise BudgetError(f"no fine-grained plan fits {human_bytes(limit)}. Raise the budget.")
-    return high
-
-
-def _magnitudes(session: "Session") -> Iterator[Tensor]:
-    for index in range(len(session.tables)):
-        yield session.merged_weight(index).abs()
-
-
-def _fine_cost(session: "Session", threshold: float, unit: str) -> int:
-    total = 0
-    for table, magnitudes in zip(session.tables, _magnitudes(session), strict=True):
-        kept = int((magnitudes >= threshold).sum())
-        if unit == "bytes" and kept:
-            total += kept * table.spec.dtype.itemsize + fine_index_bytes(table.spec, kept)
-        elif unit == "parameters":
-            total += kept
-    return total
 
 
 @hookimpl
