@@ -72,7 +72,7 @@ class TablePlan:
     def _problems(self) -> Iterator[str]:
         """Yield what does not fit: the one place where plans are checked, built or loaded."""
         rows, dim, dims = self.table.rows, self.table.dim, [block.dim for block in self.blocks]
-        if not dims or any(block.rows < 1 for block in self.blocks) or sum(block.rows for block in self.blocks) != rows:
+        if any(block.rows < 1 for block in self.blocks) or sum(block.rows for block in self.blocks) != rows:
             yield f"its blocks must hold one row or more each, and the table's {rows} together"
         if not all(0 <= d <= dim for d in dims):
             yield f"dims must lie between 0 and the table's {dim}; got {dims}"
@@ -254,7 +254,7 @@ class SizePlan:
             same = _text(plan.to_json(data["sidecar"])) == _text(data)
         except KeyError as error:
             raise PlanError(f"{path} is not a whole size plan: {error} is missing. Save it again.") from error
-        except (AttributeError, OverflowError, PlanError, RecursionError, TypeError, ValueError) as error:
+        except (OverflowError, PlanError, TypeError, ValueError) as error:
             raise PlanError(f"{path} was edited or damaged: {error}. Save it again.") from error
         if not same:
             raise PlanError(f"{path} was edited or damaged: its sizes do not follow from its tables. Save it again.")

@@ -37,6 +37,15 @@ def test_the_file_appears_when_the_block_ends(tmp_path: Path) -> None:
     assert names(path.parent) == ["file.txt"]
 
 
+def test_the_former_file_is_never_written_to(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    path.write_text("former")
+    with path.open() as reader:
+        write_text(path, "new")
+        assert reader.read() == "former"  # whoever has it open reads it to its end
+    assert path.read_text() == "new"
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("written", [False, True])
 def test_an_error_leaves_the_former_file_and_nothing_else(tmp_path: Path, error: type[BaseException], written: bool) -> None:

@@ -372,6 +372,15 @@ def test_files_that_are_no_plan_of_this_version(tmp_path: Path, content: bytes, 
         SizePlan.load(tmp_path / "plan.json")
 
 
+def test_lists_nested_however_deep(tmp_path: Path) -> None:
+    for depth in range(1, 1200):
+        nested = "[" * depth + "]" * depth
+        text = f'{{"format": "embsearch-plan", "version": 1, "align": 1, "sidecar": null, "tables": [], "more": {nested}}}'
+        (tmp_path / "plan.json").write_text(text)
+        with pytest.raises(PlanError):
+            SizePlan.load(tmp_path / "plan.json")
+
+
 def test_the_sidecar_must_be_the_one_that_was_written(tmp_path: Path) -> None:
     path = save_plan(plan_of_every_kind(), tmp_path)
     sidecar = tmp_path / json.loads(path.read_text())["sidecar"]
@@ -382,6 +391,16 @@ def test_the_sidecar_must_be_the_one_that_was_written(tmp_path: Path) -> None:
             SizePlan.load(path)
     sidecar.unlink()
     with pytest.raises(PlanError, match=f"needs '{sidecar.name}' beside it: .*No such file.* Copy both files"):
+        SizePlan.load(path)
+
+
+def test_the_sidecar_is_sought_beside_the_plan_only(tmp_path: Path) -> None:
+    path = save_plan(plan_of_every_kind(), tmp_path)
+    data = json.loads(path.read_text())
+    (tmp_path / "other").mkdir()
+    (tmp_path / data["sidecar"]).rename(tmp_path / "other" / data["sidecar"])
+    path.write_text(json.dumps(data | {"sidecar": "other/" + data["sidecar"]}))
+    with pytest.raises(PlanError, match="beside it"):
         SizePlan.load(path)
 
 
@@ -438,6 +457,11 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "an unknown dtype": (lambda data: data["tables"][0].update(dtype="float33"), "there is no dtype 'float33'"),
     "another thing of torch": (lambda data: data["tables"][0].update(dtype="nn"), "there is no dtype 'nn'"),
     "another spelling of a dtype": (lambda data: data["tables"][0].update(dtype="float"), "its sizes do not follow"),
+    "a bool for a mean dim": (lambda data: data["tables"][5]["blocks"][0].update(dim=True), "its sizes do not follow"),
+    "no end of rows": (lambda data: data["tables"][0].update(rows=float("inf")), "infinity"),
+    "more columns than fit in memory": (lambda data: data["tables"][1].update(dim=10**12), "permutation of 1000000000000"),
+    "a name that is a number": (lambda data: data["tables"][0].update(name=5), "its sizes do not follow"),
+    "a feature that is a number": (lambda data: data["tables"][0].update(features=[5]), "its sizes do not follow"),
     "a bool for a number": (lambda data: data.update(version=True), "its sizes do not follow"),
     "align 0": (lambda data: data.update(align=0), "align must be at least 1"),
     "another size": (lambda data: data.update(size_bytes=data["size_bytes"] + 1), "its sizes do not follow"),
