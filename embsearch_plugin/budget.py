@@ -242,7 +242,7 @@ class _Knapsack:
         limit = min(limit, int(self.costs.sum()))
         # HiGHS's tolerances are absolute, about 1e-6. A power of two keeps whole numbers of bytes exact.
         scale = 2.0 ** max(0, limit.bit_length() - 24)
-        worth = self.utilities / max(float(np.abs(self.utilities).max()), 1e-300)
+        worth = self.utilities / (float(np.abs(self.utilities).max()) or 1.0)
         found = milp(
             -worth,
             integrality=np.ones(len(self.keys), dtype=np.int64),

@@ -62,7 +62,7 @@ class Session:
         self._objective, self._seed = objective, seed
         self._observers = [o for some in manager().hook.embsearch_register_observers(session=self) for o in some]
         self._plugins = _plugins_of(self.algorithm, self._observers)  # before the model is touched: it may fail
-        self._tables = SearchedTables(model, space, fused)
+        self._searched: SearchedTables | None = SearchedTables(model, space, fused)  # None once the search is over
         self._ranking = Ranking(self._tables, space, frequencies, self._run_to_count)
         model.__dict__[ATTRIBUTE] = self
         self._pre_hook = model.register_forward_pre_hook(_before_forward, with_kwargs=True)
@@ -73,7 +73,7 @@ class Session:
         self._training: ValidationStream | None = None
         self._train_batch: Any = None
         self._inside = False  # a forward of ours is running
-        self._started = self._over = False
+        self._started = False  # whether the algorithm was told that the search starts
         self._last_plan: SizePlan | None = None
 
     # What algorithms and observers read and write.
@@ -119,7 +119,6 @@ class Session:
 
     def evaluate(self, batch: Any, gates: Sequence[Tensor]) -> Outcome:
         """Run the objective with ``gates`` in place of the current ones; leaves no trace in the model."""
-        self._check_not_over()
         with self._own_forward(), self._tables.searching(gates):
             return outcome_of(self._objective, self.model, batch)
 
@@ -304,7 +303,6 @@ class Session:
             SessionError: before the first search step.
             BudgetError: where no plan fits.
         """
-        self._check_not_over()
         self._tables.check_dtypes()
         if not self.search_steps:
             raise SessionError(
@@ -333,7 +331,6 @@ class Session:
             PlanError: where the plan is for another model.
             SessionError: where the model is sharded, or was rewritten already.
         """
-        self._check_not_over()
         self._tables.check_dtypes()
         if [p.table for p in plan.tables] != self._tables.specs:
             raise PlanError(mismatch(self._tables.specs, plan))
@@ -362,20 +359,24 @@ class Session:
         self.detach()
         self._pre_hook.remove()
         self.model.__dict__.pop(ATTRIBUTE, None)
-        self._over = True
-        self._train_batch = self._validation = self._training = None
+        self._searched = self._train_batch = self._validation = self._training = None
         self._optimizers = []
-        del self._tables, self._ranking
+        del self._ranking
 
-    def _check_not_over(self) -> None:
-        if self._over:
+    def _check_not_over(self) -> SearchedTables:
+        if self._searched is None:
             raise SessionError("this search is over: its model was compacted. Search a model built anew.")
+        return self._searched
+
+    @property
+    def _tables(self) -> SearchedTables:
+        """The searched tables; an error where the search is over."""
+        return self._check_not_over()
 
     # Checkpoints.
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a search needs to go on in a new process: tensors and plain values only."""
-        self._check_not_over()
         blocks = self._tables.blocks
         return {
             "for": self._fingerprint(),
@@ -395,7 +396,6 @@ class Session:
         Raises:
             SessionError: where the state is of a search on another model, or by another algorithm.
         """
-        self._check_not_over()
         if state.get("for") != self._fingerprint():
             raise SessionError(
                 f"this state is of a search by {state.get('for', ['?'])[0]!r} on other tables or in another space.\n"
