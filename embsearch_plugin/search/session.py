@@ -69,6 +69,7 @@ class Session:
         self._optimizers: list[Optimizer] = []
         self._step_hooks: list[Any] = []
         self._stepped: set[int] = set()
+        self._forwards = 0  # training forwards up to the last step
         self._validation: ValidationStream | None = None
         self._training: ValidationStream | None = None
         self._train_batch: Any = None
@@ -208,9 +209,12 @@ class Session:
 
     def _after_optimizer_step(self, optimizer: Optimizer, *_: object) -> None:
         self._stepped.add(id(optimizer))
-        if len(self._stepped) < len(self._optimizers):
+        forwards = sum(supernet.forwards for supernet in self._tables.supernets)
+        # A step that calls its parent's step fires the hook twice, the second time without a forward in between.
+        if len(self._stepped) < len(self._optimizers) or forwards == self._forwards:
             return
         self._stepped.clear()
+        self._forwards = forwards
         self.step_count += 1
         since = self.step_count - self.config.warm_up
         if since >= 0 and since % self.config.every == 0:

@@ -57,6 +57,7 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self.counts_always = False  # in every forward, not in training only
         self.fused_params: Mapping[str, Any] | None = None
         self.autocast: Autocast | None = None  # of the last training forward
+        self.forwards = 0  # by the owner of the model, with gradients
         # Not buffers: they are made after the model, and a copy of it made before (for averaging, say) has none; and they
         # must stay float32 where the model is converted.
         self._gates: list[Tensor] = []
@@ -165,6 +166,7 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self.fuse()
         bags = bags_of(features, self._features)
         weight_step = self.training and torch.is_grad_enabled() and self._candidates is None
+        self.forwards += torch.is_grad_enabled() and self._candidates is None
         if weight_step:
             self.autocast = Autocast.now(features.values().device.type)
         if self.counts is not None and (weight_step or self.counts_always):
