@@ -218,9 +218,10 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             pooled = pooled * self._mean_shares(dict(zip(bags, split.share, strict=True)))
         gates = self._current()
         rows = torch.cat([gates[slot.table].index_select(0, digits[slot]) for slot in self.slots], dim=1)
-        total = pooled[0] * rows[0]
-        for cell in range(1, size):
-            total = torch.addcmul(total, pooled[cell], rows[cell])
+        parts = pooled.unbind()  # its gradient is one stack; indexing would fill S x B x D zeros for each cell
+        total = parts[0] * rows[0]
+        for part, row in zip(parts[1:], rows[1:], strict=True):
+            total = torch.addcmul(total, part, row)
         return total
 
     def _cells(self, bags: Mapping[str, JaggedTensor]) -> tuple[list[Tensor], dict[Slot, Tensor], int]:
