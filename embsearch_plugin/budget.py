@@ -1,7 +1,11 @@
 """Budgets in bytes or parameters, the one place where bytes are counted, and the exact knapsack."""
 
+import ctypes
+import os
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import isfinite
@@ -217,6 +221,26 @@ def _does_not_fit(tables: Sequence[TableOptions], limit: int, least: int, unit: 
     )
 
 
+@contextmanager
+def _silent_solver() -> Iterator[None]:
+    """Keep HiGHS from printing: some versions leave a debugging line on the process's standard output."""
+    sys.stdout.flush()
+    try:
+        stdout = os.dup(1)
+    except OSError:  # the process has no standard output
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)  # what C still holds back goes nowhere too
+        os.dup2(stdout, 1)
+        os.close(stdout)
+        os.close(nowhere)
+
+
 class _Knapsack:
     """The binary variables of the programme: per table its uniform options, a switch to blocks, the blocks' options."""
 
@@ -243,13 +267,14 @@ class _Knapsack:
         # HiGHS's tolerances are absolute, about 1e-6. A power of two keeps whole numbers of bytes exact.
         scale = 2.0 ** max(0, limit.bit_length() - 24)
         worth = self.utilities / (float(np.abs(self.utilities).max()) or 1.0)
-        found = milp(
-            -worth,
-            integrality=np.ones(len(self.keys), dtype=np.int64),
-            bounds=Bounds(0, 1),
-            constraints=[*self.constraints, LinearConstraint((self.costs / scale)[None, :], -np.inf, limit / scale)],
-            options={"mip_rel_gap": 1e-9, "time_limit": 60},
-        )
+        with _silent_solver():
+            found = milp(
+                -worth,
+                integrality=np.ones(len(self.keys), dtype=np.int64),
+                bounds=Bounds(0, 1),
+                constraints=[*self.constraints, LinearConstraint((self.costs / scale)[None, :], -np.inf, limit / scale)],
+                options={"mip_rel_gap": 1e-9, "time_limit": 60},
+            )
         if found.x is None:
             raise BudgetError(f"the allocation within {limit:,} could not be solved: {found.message}")
         return np.asarray(found.x > 0.5)

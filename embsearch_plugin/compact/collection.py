@@ -22,7 +22,7 @@ from embsearch_plugin.compact.fine import FineTable, FixedIndex
 from embsearch_plugin.fused import FusedEmbeddingBags
 from embsearch_plugin.plan import Chunk, TablePlan
 from embsearch_plugin.randomness import private_random
-from embsearch_plugin.supernet.bags import bags_of, check_ids, rows_at
+from embsearch_plugin.supernet.bags import bags_of, check_ids, columns_of, rows_at
 from embsearch_plugin.supernet.slots import Slot, slots_of
 
 
@@ -130,7 +130,7 @@ class CompactEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         columns = [self._columns_of(i, slot, bags[slot.feature], pooled) for i, slot in enumerate(self._slots)]
         return KeyedTensor([s.key for s in self._slots], [s.dim for s in self._slots], torch.cat(columns, dim=1))
 
-    def _columns_of(self, number: int, slot: Slot, bag: JaggedTensor, pooled: KeyedTensor | None) -> Tensor:
+    def _columns_of(self, number: int, slot: Slot, bag: JaggedTensor, pooled: Mapping[str, Tensor]) -> Tensor:
         """Assemble one slot's output, (B, D)."""
         if str(slot.table) in self.fine:
             check_ids(self._configs[slot.table].name, slot.feature, self._configs[slot.table].num_embeddings, bag.values())
@@ -139,8 +139,8 @@ class CompactEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             output = self._concatenated(number, slot, bag, pooled)
         return output / bag.lengths().clamp(min=1)[:, None] if slot.mean else output
 
-    def _concatenated(self, number: int, slot: Slot, bag: JaggedTensor, pooled: KeyedTensor | None) -> Tensor:
-        parts = [] if pooled is None else [pooled[str(i)] for i, part in enumerate(self._parts) if part.slot == number]
+    def _concatenated(self, number: int, slot: Slot, bag: JaggedTensor, pooled: Mapping[str, Tensor]) -> Tensor:
+        parts = [pooled[str(i)] for i, part in enumerate(self._parts) if part.slot == number]
         missing = slot.dim - sum(part.shape[1] for part in parts)
         if missing:
             parts.append(torch.zeros(bag.lengths().numel(), missing, device=bag.lengths().device))
@@ -148,13 +148,14 @@ class CompactEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         placement = self._index(slot).placement
         return output if placement is None else output.index_select(1, placement)
 
-    def _pooled_chunks(self, bags: dict[str, JaggedTensor]) -> KeyedTensor | None:
+    def _pooled_chunks(self, bags: dict[str, JaggedTensor]) -> dict[str, Tensor]:
+        """Return what each part looked up, (B, width), by the part's number."""
         if self.chunks is None:
-            return None
+            return {}
         places = [self._places_of(slot, bags[slot.feature]) for slot in self._slots]
         held = [_held(places[p.slot], bags[self._slots[p.slot].feature], p.chunk, self._rows(p)) for p in self._parts]
         weights = torch.cat([w for _, _, w in held if w is not None]) if self._weighted else None
-        return self.chunks(
+        pooled = self.chunks(
             KeyedJaggedTensor(
                 keys=[str(i) for i in range(len(held))],
                 values=torch.cat([values for values, _, _ in held]),
@@ -163,6 +164,7 @@ class CompactEmbeddingBagCollection(EmbeddingBagCollectionInterface):
                 stride=held[0][1].numel(),
             )
         )
+        return columns_of(pooled)
 
     def _index(self, slot: Slot) -> TableIndex:
         index = self.index[slot.table]

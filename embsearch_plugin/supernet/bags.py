@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from embsearch_plugin.errors import InputError
 
@@ -32,6 +32,14 @@ def bags_of(features: KeyedJaggedTensor, names: Sequence[str]) -> dict[str, Jagg
     if missing:
         raise InputError(f"the batch must hold the features {list(names)}; it lacks {missing} (it has {features.keys()}).")
     return bags
+
+
+def columns_of(pooled: KeyedTensor) -> dict[str, Tensor]:
+    """Return the columns of each key, (B, D): by one split, whose gradient is one concatenation.
+
+    Indexing a KeyedTensor by key would, in the backward, fill zeros of its whole width for every key.
+    """
+    return dict(zip(pooled.keys(), pooled.values().split(pooled.length_per_key(), dim=1), strict=True))
 
 
 def describe_bad_ids(table: str, feature: str, rows: int, ids: Tensor) -> str:

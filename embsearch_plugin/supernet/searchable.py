@@ -25,7 +25,7 @@ from embsearch_plugin.autocast import Autocast
 from embsearch_plugin.collection import Table
 from embsearch_plugin.fused import FusedEmbeddingBags, requested
 from embsearch_plugin.space import RowBlocks
-from embsearch_plugin.supernet.bags import bags_of, check_ids, has_long_bags, one_per_bag, rows_at, split_by_cell
+from embsearch_plugin.supernet.bags import bags_of, check_ids, columns_of, has_long_bags, one_per_bag, rows_at, split_by_cell
 from embsearch_plugin.supernet.slots import Slot, slots_of
 from embsearch_plugin.supernet.virtual import VirtualRows
 
@@ -194,7 +194,8 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     def _in_order(self, pooled: KeyedTensor) -> Tensor:
         if pooled.keys() == [slot.key for slot in self.slots]:
             return pooled.values()
-        return torch.cat([pooled[slot.key] for slot in self.slots], dim=1)
+        columns = columns_of(pooled)
+        return torch.cat([columns[slot.key] for slot in self.slots], dim=1)
 
     def _current(self) -> list[Tensor]:
         return self.gates if self._candidates is None else self._candidates
