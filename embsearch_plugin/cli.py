@@ -1,4 +1,4 @@
-"""The command line: ``embsearch run``, ``apply``, ``report``, ``list``, ``doctor``."""
+"""The command line: ``embsearch run``, ``apply``, ``report``, ``bench``, ``list``, ``doctor``."""
 
 import sys
 from pathlib import Path
@@ -88,6 +88,26 @@ def report(folder: Path) -> None:
     from embsearch_plugin.report.page import write_report
 
     click.echo(f"written: {write_report(folder)}")
+
+
+@main.command()
+@click.option("--rows", default=100_000, show_default=True, help="Rows of each of the 26 tables.")
+@click.option("--batch", default=4096, show_default=True, help="Examples per step.")
+@click.option("--repeats", default=12, show_default=True, help="Steps of each kind; the median counts.")
+@click.option("--threads", default=1, show_default=True, help="Threads of torch.")
+def bench(rows: int, batch: int, repeats: int, threads: int) -> None:
+    """Measure what a search and a compact model cost, as ratios to the plain DLRM's training step. Takes a minute."""
+    stack.require()
+    import torch
+
+    from embsearch_plugin.bench import Bench, ratios
+
+    torch.set_num_threads(threads)
+    measured = Bench(rows=rows, batch=batch, repeats=repeats)
+    click.echo(f"DLRM, 26 tables of {rows:,} x 32, fused row-wise Adagrad, batch {batch}, {threads} threads; plain step = 1")
+    for bag in (1, 10):
+        found = ratios(measured, bag)
+        click.echo(f"bags of {bag:<3}" + "".join(f"  {kind} {ratio:.2f}" for kind, ratio in found.items()))
 
 
 @main.command("list")
