@@ -44,7 +44,7 @@ class ProgressWatcher(Watcher):
         """Print the epoch's line and start its bar anew."""
         loss, auc, seconds = row["log_loss"], row["auc"], row["seconds"]
         figures = f"validation log loss {loss:.4f}" + (f", AUC {auc:.4f}" if auc is not None else "")
-        self._console.print(f"{name:<10} epoch {row['epoch']:>2}  {figures}  {seconds:.1f} s", highlight=False)
+        self._console.print(f"{name:<10} epoch {row['epoch']:>2}  {figures}  {seconds:.1f} s", highlight=False, soft_wrap=True)
         if self._task is not None:
             self._progress.reset(self._task)
 

@@ -1,7 +1,8 @@
 """Recipes: a run in YAML, read as a whole, with every problem listed at once."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from itertools import product
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
@@ -12,6 +13,8 @@ from cattrs.gen import make_dict_structure_fn
 
 from embsearch_plugin import data, models
 from embsearch_plugin.algorithms.base import AlgorithmConfig
+from embsearch_plugin.algorithms.magnitude import Magnitude
+from embsearch_plugin.algorithms.uniform import Uniform
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.errors import EmbsearchError, RecipeError, did_you_mean
 from embsearch_plugin.plugins import algorithms
@@ -65,24 +68,85 @@ class Search:
 
     Args:
         algorithm: the algorithm's name and settings.
-        budget: how large all tables may be, as text: "10%" or "2GiB".
-        space: how tables are cut.
+        baselines: the algorithms it is compared with, under the same budgets, seeds and trials.
+        budgets: how large all tables may be, as text: "10%" or "2GiB".
+        space: how tables are cut, for all of them.
     """
 
     algorithm: AlgorithmConfig
-    budget: str = "10%"
+    baselines: tuple[AlgorithmConfig, ...] = (Uniform(), Magnitude())
+    budgets: tuple[str, ...] = ("10%",)
     space: SearchSpace = field(default_factory=SearchSpace)
+
+    def __post_init__(self) -> None:
+        if not self.budgets:
+            raise ValueError("budgets must hold at least one budget")
+        for budget in self.budgets:
+            Budget.of(budget)
+        if len(set(self.budgets)) < len(self.budgets):
+            raise ValueError(f"budgets must differ from each other; got {list(self.budgets)}")
+
+    @property
+    def methods(self) -> dict[str, AlgorithmConfig]:
+        """The algorithm and its baselines by name; where two share a name, their settings tell them apart."""
+        configs = list(dict.fromkeys([self.algorithm, *self.baselines]))
+        names = [config.name for config in configs]
+        return {config.name if names.count(config.name) == 1 else _described(config): config for config in configs}
+
+
+@dataclass(frozen=True)
+class Tune:
+    """Which training settings every method tries, each combination once: so all are tuned with the same number of trials.
+
+    The trials run from the first seed; for each method and budget the one with the best validation loss is kept, and the
+    other seeds use it.
+
+    Args:
+        l2: values of ``train.l2``.
+        lr: values of ``train.lr``.
+    """
+
+    l2: tuple[float, ...] = ()
+    lr: tuple[float, ...] = ()
+
+    def trials(self) -> list[dict[str, Any]]:
+        """Return the combinations; one that changes nothing where there is nothing to tune."""
+        tuned = {name: values for name, values in vars(self).items() if values}
+        return [dict(zip(tuned, values, strict=True)) for values in product(*tuned.values())]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One run: data, model, training and search."""
+    """A matrix of runs: every method at every budget, from every seed.
+
+    Args:
+        data: the data set; its splits are the same for all.
+        model: the model.
+        search: the methods and the budgets.
+        train: how models are trained.
+        tune: which training settings are tried.
+        seeds: of weights, batches and searches; results are means over them.
+    """
 
     data: data.DataConfig
     model: models.ModelConfig
     search: Search
     train: Train = field(default_factory=Train)
-    seed: int = 0
+    tune: Tune = field(default_factory=Tune)
+    seeds: tuple[int, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"seeds must hold at least one, no one twice, each 0 or more; got {list(self.seeds)}")
+        for trial in self.tune.trials():
+            replace(self.train, **trial)
+
+
+def _described(config: AlgorithmConfig) -> str:
+    """Name a config by its name and what was set otherwise than by default."""
+    default = type(config)()
+    settings = [f"{f.name}={getattr(config, f.name)}" for f in fields(config) if vars(config)[f.name] != vars(default)[f.name]]
+    return f"{config.name} ({', '.join(settings)})" if settings else config.name
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -108,8 +172,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def parse_recipe(content: Mapping[str, Any], source: str) -> Recipe:
     """Turn plain data into a recipe; ``source`` is named in errors."""
     try:
-        recipe = _converter().structure(content, Recipe)
-        Budget.of(recipe.search.budget)
+        recipe: Recipe = _converter().structure(content, Recipe)
     except (cattrs.BaseValidationError, cattrs.StructureHandlerNotFoundError) as error:
         problems = [problem.replace("$", "recipe") for problem in cattrs.transform_error(error, format_exception=_message)]
         raise RecipeError(f"{len(problems)} problem{'s' * (len(problems) > 1)} in {source}: {'; '.join(problems)}.") from error
@@ -155,6 +218,7 @@ def _converter() -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True)
     for primitive in (int, float, bool, str):
         converter.register_structure_hook(primitive, _strictly)
+    converter.register_structure_hook_func(_is_tuple, _list_only(converter.get_structure_hook(tuple[int, ...])))
     converter.register_structure_hook_func(_is_union, lambda value, union: _one_of(converter, value, union))
     for base, known in (
         (data.DataConfig, lambda: {c.name: c for c in data.CONFIGS}),
@@ -171,6 +235,21 @@ def _is(wanted: object) -> Callable[[object], bool]:
 
 def _is_union(cls: object) -> bool:
     return get_origin(cls) in (Union, UnionType)
+
+
+def _is_tuple(cls: object) -> bool:
+    return get_origin(cls) is tuple
+
+
+def _list_only(structure: Callable[[Any, Any], Any]) -> Callable[[object, object], object]:
+    """Refuse a text where a list is expected: it would be taken for a list of its letters."""
+
+    def checked(value: object, cls: object) -> object:
+        if not isinstance(value, list):
+            raise TypeError(f"expected a list, got {value!r}")
+        return structure(value, cls)
+
+    return checked
 
 
 def _strictly(value: object, cls: type) -> object:

@@ -1,196 +1,160 @@
-"""The reference loop that a recipe runs: train dense, search, rewrite, train on, evaluate, report.
+"""The main job: a matrix of runs, as a recipe says, with a report that names the winner at each budget, whoever it is.
 
-    dense        the model as it is, trained to convergence: what the compact one is compared with
-    search       the same model from the same seed, searched while it trains
-    fine-tune    the compact model, trained on; the one-shot model stays where that does not help
+    for each seed:  the dense model, and each method (the recipe's algorithm, and its baselines) at each budget
 
-The test split is read once, at the end, by each of the two models that are compared.
+Every model is trained to convergence by early stopping on the validation split. From the first seed every method tries the
+recipe's trials, all of them the same; the one with the best validation loss is kept for that method and budget, and the other
+seeds use it. The test split is read once, at the end, by the cells that were chosen.
 """
 
+import json
 import os
 import platform
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from fbgemm_gpu.split_embedding_configs import EmbOptimType
-from torch import nn
+from torch import Tensor
 
 from embsearch_plugin.budget import Budget
+from embsearch_plugin.cells import CELL, COURSE, DENSE, Cells, Row, slug
 from embsearch_plugin.data.dataset import Dataset
-from embsearch_plugin.decorator import prepare
 from embsearch_plugin.errors import RunFolderError
-from embsearch_plugin.evaluation import evaluate
 from embsearch_plugin.files import write_json, write_text
-from embsearch_plugin.fused import FusedEmbeddingBags
-from embsearch_plugin.hookspecs import hookimpl
 from embsearch_plugin.plan import SizePlan
 from embsearch_plugin.plugins import find_collections, manager
-from embsearch_plugin.recipes import Fused, Recipe, to_plain, to_yaml
+from embsearch_plugin.recipes import Recipe, to_plain, to_yaml
 from embsearch_plugin.report.page import write_report
-from embsearch_plugin.saving import save
-from embsearch_plugin.training import Epoch, Stage, Watcher, converge
+from embsearch_plugin.saving import PLAN
+from embsearch_plugin.training import Watcher
 
-REPORTED_POINTS = 400
-
-
-@dataclass
-class Course:
-    """The course of a search, for the report: metrics averaged over steps, thinned out as it grows."""
-
-    rows: list[dict[str, float]] = field(default_factory=list)
-    every: int = 1
-    _sum: dict[str, float] = field(default_factory=dict)
-    _seen: int = 0
-
-    @hookimpl
-    def embsearch_after_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add a search step."""
-        for name, value in metrics.items():
-            self._sum[name] = self._sum.get(name, 0.0) + value
-        self._seen += 1
-        if self._seen == self.every:
-            self.rows.append({"step": step, **{name: value / self.every for name, value in self._sum.items()}})
-            self._sum, self._seen = {}, 0
-        if len(self.rows) >= 2 * REPORTED_POINTS:
-            self.rows, self.every = (
-                [_mean(a, b) for a, b in zip(self.rows[::2], self.rows[1::2], strict=True)],
-                2 * self.every,
-            )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return all of it."""
-        return dict(vars(self))
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state``."""
-        vars(self).update(state)
+Place = tuple[str, str | None]
+"""A method and a budget; the dense model has none."""
 
 
-def _mean(first: dict[str, float], second: dict[str, float]) -> dict[str, float]:
-    return {name: second[name] if name == "step" else (first[name] + second[name]) / 2 for name in first}
+def run(recipe: Recipe, folder: Path, *, resume: bool = False, watcher: Watcher | None = None) -> dict[str, Any]:
+    """Run a recipe and write its results into ``folder``; return what ``metrics.json`` holds.
+
+    Writes ``recipe.yaml`` (resolved), a folder per cell (``plan.json`` and its sidecar, ``model.safetensors``, ``cell.json``),
+    ``metrics.json`` and ``report.html``. A run that was killed goes on at the last epoch of the cell it was in.
+
+    Raises:
+        RunFolderError: where the folder is not empty and ``resume`` is not given, or holds another recipe's run.
+    """
+    _open_folder(recipe, folder, resume)
+    matrix = Matrix(recipe, folder, recipe.data.load(), watcher or Watcher())
+    chosen = matrix.choose()
+    rows = matrix.cells(chosen)
+    metrics = {
+        "recipe": to_plain(recipe),
+        "versions": _versions(),
+        "machine": {"cpus": os.cpu_count(), "threads": torch.get_num_threads(), "platform": platform.platform()},
+        "algorithm": next(iter(recipe.search.methods)),
+        "original_bytes": next(row["bytes"] for row in rows if row["method"] == DENSE),
+        "budgets": [],
+        "cells": rows,
+        "course": matrix.course(chosen),
+        "rows": matrix.plugin_rows(rows),
+    }
+    metrics["budgets"] = [_budget(text, metrics["original_bytes"]) for text in recipe.search.budgets]
+    write_json(folder / "metrics.json", metrics)
+    write_report(folder)
+    for checkpoints in folder.glob("cells/**/checkpoints"):  # every cell is finished
+        shutil.rmtree(checkpoints)
+    return metrics
 
 
-@dataclass
-class Run:
-    """One run of a recipe in one folder."""
+@dataclass(frozen=True)
+class Matrix:
+    """All cells of a recipe, in one folder."""
 
     recipe: Recipe
     folder: Path
     data: Dataset
     watcher: Watcher
 
-    def build(self) -> nn.Module:
-        """Build the recipe's model; equal seeds give equal models."""
-        torch.manual_seed(self.recipe.seed)
-        return self.recipe.model.build(self.data.schema)
+    def at(self, seed: int, trial: int) -> Cells:
+        """Return the cells of a seed and a trial, by the trial's number."""
+        settings = self.recipe.tune.trials()[trial]
+        return Cells(self.recipe, self.data, seed, settings, trial, self.folder, self.watcher, lambda: self._frequencies)
 
-    def stage(self, name: str, model: nn.Module, optimizer: torch.optim.Optimizer, **more: Any) -> Stage:
-        """Return a stage of training ``model``."""
-        train, seed = self.recipe.train, self.recipe.seed
-        return Stage(
-            name,
-            model,
-            optimizer,
-            self.data.batches("train", train.batch_size, seed=seed),
-            self.data.batches("validation", train.batch_size),
-            train,
-            self.folder / "checkpoints" / f"{name}.safetensors",
-            **more,
-        )
+    def choose(self) -> dict[Place, int]:
+        """Train all trials from the first seed; return, for each method and budget, the number of the best on validation."""
+        first, trials = self.recipe.seeds[0], range(len(self.recipe.tune.trials()))
+        rows = {(place, trial): self._cell(self.at(first, trial), place) for trial in trials for place in self._places()}
+        return {place: min(trials, key=lambda trial: _loss(rows[place, trial])) for place in self._places()}
 
-    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Return the loop's optimizer; fused tables are not its concern, and it leaves them alone."""
-        return torch.optim.Adam(model.parameters(), lr=self.recipe.train.lr)
+    def cells(self, chosen: dict[Place, int]) -> list[Row]:
+        """Train the chosen trials from the other seeds; return all cells, with the test metrics of the chosen ones."""
+        for seed in self.recipe.seeds[1:]:
+            for place, trial in chosen.items():
+                self._cell(self.at(seed, trial), place)
+        return [self._finished(cells, place, chosen) for cells, place in self._recorded()]
 
+    def course(self, chosen: dict[Place, int]) -> list[dict[str, float]]:
+        """Return the recorded search steps of the recipe's algorithm: first seed, first budget, the trial chosen there."""
+        method, budget = next(iter(self.recipe.search.methods)), self.recipe.search.budgets[0]
+        shared = self.at(self.recipe.seeds[0], chosen[method, budget]).folder / slug(method)
+        found = [path for path in (shared / COURSE, shared / budget / COURSE) if path.exists()]
+        course: list[dict[str, float]] = json.loads(found[0].read_text(encoding="utf-8")) if found else []
+        return course
 
-def run(recipe: Recipe, folder: Path, *, resume: bool = False, watcher: Watcher | None = None) -> dict[str, Any]:
-    """Run a recipe and write its results into ``folder``; return what ``metrics.json`` holds.
+    def plugin_rows(self, rows: list[Row]) -> dict[str, str]:
+        """Return what plugins have to say about the plan of the recipe's algorithm, at the first budget that has one."""
+        method = next(iter(self.recipe.search.methods))
+        plans = [self.folder / row["folder"] / PLAN for row in rows if row["method"] == method and row["chosen"]]
+        found = manager().hook.embsearch_report_rows(plan=SizePlan.load(plans[0])) if plans else []
+        return {label: text for some in found for label, text in some.items()}
 
-    Writes ``recipe.yaml`` (resolved), ``plan.json`` and its sidecar, ``model.safetensors``, ``metrics.json``,
-    ``report.html``, and ``checkpoints/``, from which a killed run goes on.
+    @cached_property
+    def _frequencies(self) -> dict[str, Tensor]:
+        """How often each row occurs in the training split, by table: one pass over it."""
+        found = find_collections(self.recipe.model.build(self.data.schema))
+        counts = {table: torch.zeros(table.rows, dtype=torch.int64) for each in found for table in each.tables}
+        for batch in self.data.batches("train", self.recipe.train.batch_size):
+            bags = batch.sparse_features.to_dict()
+            for table in counts:
+                for feature in table.features:
+                    counts[table] += torch.bincount(bags[feature].values(), minlength=table.rows)
+        return {str(table): count for table, count in counts.items()}
 
-    Raises:
-        RunFolderError: where the folder is not empty and ``resume`` is not given, or holds another recipe's run.
-    """
-    _open_folder(recipe, folder, resume)
-    this = Run(recipe, folder, recipe.data.load(), watcher or Watcher())
-    dense, dense_history = _train_dense(this)
-    plan, compact, course, histories = _search(this)
-    save(compact, plan, folder)
-    metrics = {
-        "recipe": to_plain(recipe),
-        "versions": _versions(),
-        "machine": {"cpus": os.cpu_count(), "threads": torch.get_num_threads(), "platform": platform.platform()},
-        "budget": _budget(recipe, plan),
-        "models": [
-            _model_row(this, "dense", dense, plan.original_bytes, {"dense": dense_history}),
-            _model_row(this, "compact", compact, plan.size_bytes, histories),
-        ],
-        "stages": {"dense": dense_history, **histories},
-        "search": {"algorithm": recipe.search.algorithm.name, "course": course.rows},
-        "rows": {label: text for rows in manager().hook.embsearch_report_rows(plan=plan) for label, text in rows.items()},
-    }
-    write_json(folder / "metrics.json", metrics)
-    write_report(folder)
-    return metrics
+    def _places(self) -> Iterator[Place]:
+        yield DENSE, None
+        for method in self.recipe.search.methods:
+            for budget in self.recipe.search.budgets:
+                yield method, budget
 
+    def _cell(self, cells: Cells, place: Place) -> Row:
+        method, budget = place
+        return cells.dense() if budget is None else cells.compact(method, budget)
 
-def _train_dense(this: Run) -> tuple[nn.Module, list[Epoch]]:
-    model = this.build()
-    if this.recipe.train.fused:
-        for found in find_collections(model):
-            found.replace_in(model, FusedEmbeddingBags(found.module, fused_params(this.recipe.train.fused)))
-    return model, converge(this.stage("dense", model, this.optimizer(model)), this.watcher)
+    def _recorded(self) -> Iterator[tuple[Cells, Place]]:
+        """Yield every cell that was trained, place by place."""
+        for method, budget in self._places():
+            for seed in self.recipe.seeds:
+                for trial in range(len(self.recipe.tune.trials())):
+                    cells = self.at(seed, trial)
+                    if (cells.folder / slug(method) / (budget or "") / CELL).exists():
+                        yield cells, (method, budget)
 
-
-def _search(this: Run) -> tuple[SizePlan, nn.Module, Course, dict[str, list[Epoch]]]:
-    """Search, rewrite and fine-tune."""
-    model, search, fused = this.build(), this.recipe.search, this.recipe.train.fused
-    optimizer, course = this.optimizer(model), Course()
-    session = prepare(
-        model,
-        algorithm=search.algorithm,
-        budget=search.budget,
-        space=search.space,
-        fused=fused_params(fused) if fused else None,
-        seed=this.recipe.seed,
-    )
-    session.register(course)
-    session.attach(optimizer, this.data.batches("validation", this.recipe.train.batch_size, seed=this.recipe.seed))
-    history = converge(this.stage("search", model, optimizer, session=session, observers={"course": course}), this.watcher)
-    plan = session.derive()
-    session.compact(plan)
-    tuned = converge(this.stage("fine-tune", model, optimizer), this.watcher)
-    return plan, model, course, {"search": history, "fine-tune": tuned}
+    def _finished(self, cells: Cells, place: Place, chosen: dict[Place, int]) -> Row:
+        row = self._cell(cells, place)
+        counts = chosen[place] == cells.number and row["status"] == "done"
+        return row | {"chosen": counts, "test": cells.test(row) if counts else None}
 
 
-def fused_params(fused: Fused) -> dict[str, Any]:
-    """Return TorchRec's ``fused_params`` for a recipe's."""
-    return {"optimizer": EmbOptimType[fused.optimizer], "learning_rate": fused.learning_rate}
+def _loss(row: Row) -> float:
+    """Return the validation loss that trials are compared by; infeasible cells come last."""
+    return float(row["validation"]["log_loss"]) if row["status"] == "done" else float("inf")
 
 
-def _budget(recipe: Recipe, plan: SizePlan) -> dict[str, Any]:
-    budget = Budget.of(recipe.search.budget)
-    return {"text": str(budget), "bytes": budget.limit(plan.original_bytes)}
-
-
-def _model_row(this: Run, name: str, model: nn.Module, size: int, histories: Mapping[str, list[Epoch]]) -> dict[str, Any]:
-    """Say what a model cost and how good it is. The only place that reads the test split."""
-    batch_size = this.recipe.train.batch_size
-    epochs = [row for history in histories.values() for row in history[1:]]
-    return {
-        "name": name,
-        "bytes": size,
-        "params": sum(p.numel() for p in model.parameters()),
-        "epochs": len(epochs),
-        "seconds": sum(row["seconds"] or 0.0 for row in epochs),
-        "validation": evaluate(model, this.data.batches("validation", batch_size)),
-        "test": evaluate(model, this.data.batches("test", batch_size)),
-    }
+def _budget(text: str, original_bytes: int) -> dict[str, Any]:
+    return {"text": text, "bytes": Budget.of(text).limit(original_bytes)}
 
 
 def _open_folder(recipe: Recipe, folder: Path, resume: bool) -> None:

@@ -43,11 +43,12 @@ class Stage:
     """One model on its way to convergence.
 
     Args:
-        name: for messages and files.
+        name: what is done: ``search``, say.
         model: a train task.
         optimizer: the loop's optimizer.
         session: the search that runs along, if any.
         observers: what else has a state to keep in the checkpoint, by name.
+        title: what it is called where people look; by default its name.
     """
 
     name: str
@@ -59,14 +60,19 @@ class Stage:
     checkpoint: Path
     session: Session | None = None
     observers: Mapping[str, Any] = field(default_factory=dict)
+    title: str = ""
     history: list[Epoch] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.title = self.title or self.name
 
     @property
     def first_ready(self) -> int:
         """The first epoch that counts: a search must have taken a step before a plan can come of it."""
         if self.session is None:
             return 0
-        return next((i for i, row in enumerate(self.history) if row["search_steps"]), len(self.history))
+        least = self.session.config.least_search_steps
+        return next((i for i, row in enumerate(self.history) if (row["search_steps"] or 0) >= least), len(self.history))
 
     @property
     def best(self) -> int:
@@ -88,29 +94,36 @@ def converge(stage: Stage, watcher: Watcher) -> list[Epoch]:
     everything is written to the stage's checkpoint, so that a killed run goes on at the next epoch.
 
     Returns:
-        A row per epoch: seconds, train loss, and the validation metrics.
+        A row per epoch: seconds, train loss, and the validation metrics. On a CPU the seconds are the processor's, so that
+        other work on the machine does not count; on an accelerator they are the clock's on the wall.
 
     Raises:
         NonFiniteLoss: where the training loss is NaN or infinite; the checkpoint of the epoch before is kept.
     """
-    watcher.stage(stage.name, len(stage.train) if hasattr(stage.train, "__len__") else None)
+    watcher.stage(stage.title, len(stage.train) if hasattr(stage.train, "__len__") else None)
     if stage.checkpoint.exists():
         _resume(stage)
     else:
         _close_epoch(stage, watcher, {"epoch": 0, "seconds": 0.0, "train_loss": None})
     while not stage.converged:
-        started = time.perf_counter()
+        clock = _clock(stage.model)
+        started = clock()
         loss = train_epoch(stage, watcher.step)
-        row: Epoch = {"epoch": len(stage.history), "seconds": time.perf_counter() - started, "train_loss": loss}
+        row: Epoch = {"epoch": len(stage.history), "seconds": clock() - started, "train_loss": loss}
         _close_epoch(stage, watcher, row)
     if stage.best < 0:
         raise SessionError(
-            f"{stage.name} ended before its first search step: {stage.options.epochs} epochs are "
-            f"{stage.session.step_count if stage.session else 0} steps.\n  Possible solutions: 1) more train.epochs  "
-            "2) a smaller train.batch_size  3) a smaller search.algorithm.warm_up."
+            f"{stage.title} ended before its first plan could be derived: {stage.options.epochs} epochs are "
+            f"{stage.session.step_count if stage.session else 0} weight steps.\n  Possible solutions: 1) more train.epochs  "
+            "2) a smaller train.batch_size  3) a smaller warm_up or every of the algorithm."
         )
-    _restore(stage, _best_path(stage))
+    _restore(stage, best_path(stage.checkpoint))
     return stage.history
+
+
+def _clock(model: nn.Module) -> Callable[[], float]:
+    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    return time.process_time if on_cpu else time.perf_counter
 
 
 def train_epoch(stage: Stage, stepped: Callable[[], None] = lambda: None) -> float:
@@ -129,7 +142,7 @@ def train_epoch(stage: Stage, stepped: Callable[[], None] = lambda: None) -> flo
             if not math.isfinite(total):
                 raise NonFiniteLoss(
                     f"the training loss must be a number; got {float(loss.detach())} in step {steps} of epoch "
-                    f"{len(stage.history)} of {stage.name}.\n  Possible solutions: 1) a lower train.lr  2) look for NaN in "
+                    f"{len(stage.history)} of {stage.title}.\n  Possible solutions: 1) a lower train.lr  2) look for NaN in "
                     "the data. The run folder holds the epoch before; resume with --resume."
                 )
             stepped()
@@ -169,13 +182,14 @@ def _close_epoch(stage: Stage, watcher: Watcher, row: Epoch) -> None:
         row["search_steps"] = stage.session.search_steps
         stage.session.validated({name: value for name, value in row.items() if value is not None})
     if stage.best == len(stage.history) - 1:
-        write_state(_best_path(stage), _state(stage))
+        write_state(best_path(stage.checkpoint), _state(stage))
     write_state(stage.checkpoint, _state(stage))
-    watcher.epoch(stage.name, row)
+    watcher.epoch(stage.title, row)
 
 
-def _best_path(stage: Stage) -> Path:
-    return stage.checkpoint.with_name(f"{stage.checkpoint.stem}-best.safetensors")
+def best_path(checkpoint: Path) -> Path:
+    """Return where the state of a stage's best epoch is, given where its last one's is."""
+    return checkpoint.with_name(f"{checkpoint.stem}-best.safetensors")
 
 
 def _state(stage: Stage) -> dict[str, Any]:

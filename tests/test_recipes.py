@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from embsearch_plugin.errors import RecipeError
-from embsearch_plugin.recipes import load_recipe, parse_recipe, to_plain, to_yaml
+from embsearch_plugin.recipes import Tune, load_recipe, parse_recipe, to_plain, to_yaml
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 MINIMAL = {"data": "planted", "model": "dlrm", "search": {"algorithm": "dnis"}}
@@ -27,11 +27,11 @@ def test_resolved_recipes_spell_out_every_default(tmp_path: Path) -> None:
 def test_overrides_reach_every_field() -> None:
     recipe = load_recipe(
         RECIPES[0],
-        ["train.epochs=3", "search.algorithm.lr=0.5", "search.space.row_blocks=[0.5, 0.5]", "search.budget=2MiB"],
+        ["train.epochs=3", "search.algorithm.lr=0.5", "search.space.row_blocks=[0.5, 0.5]", "search.budgets=[2MiB]"],
     )
     assert recipe.train.epochs == 3
     assert (recipe.search.algorithm.lr, recipe.search.space.row_blocks) == (0.5, (0.5, 0.5))
-    assert recipe.search.budget == "2MiB"
+    assert recipe.search.budgets == ("2MiB",)
 
 
 def test_all_problems_are_listed_at_once() -> None:
@@ -55,7 +55,7 @@ def test_all_problems_are_listed_at_once() -> None:
         "expected int, got 'x' @ recipe.train.epochs",
         "expected float, got True @ recipe.train.lr",
         "@ recipe.train.fused",
-        "extra field 'sed'. Did you mean 'seed'?",
+        "extra field 'sed'. Did you mean 'seeds'?",
     ):
         assert part in str(error.value)
 
@@ -64,13 +64,17 @@ def test_all_problems_are_listed_at_once() -> None:
     ("search", "message"),
     [
         ({"algorithm": "dniss"}, "unknown name 'dniss'. Did you mean 'dnis'?"),
-        ({"algorithm": "dnis", "budget": "200%"}, "at most 100 %"),
-        ({"algorithm": "dnis", "budget": "0%"}, "above zero"),
-        ({"algorithm": "dnis", "budget": "-3%"}, "above zero"),
-        ({"algorithm": "dnis", "budget": "lots"}, "cannot read the budget 'lots'"),
+        ({"algorithm": "dnis", "budgets": ["200%"]}, "at most 100 %"),
+        ({"algorithm": "dnis", "budgets": ["0%"]}, "above zero"),
+        ({"algorithm": "dnis", "budgets": ["-3%"]}, "above zero"),
+        ({"algorithm": "dnis", "budgets": ["lots"]}, "cannot read the budget 'lots'"),
         ({"algorithm": {"name": "dnis", "warm_up": -1}}, "warm_up must be at least 0"),
         ({"algorithm": "dnis", "space": {"row_blocks": [0.1]}}, "positive shares that sum to 1"),
         ({}, "required field 'algorithm' is missing"),
+        ({"algorithm": "dnis", "budgets": "10%"}, "expected a list, got '10%' @ recipe.search.budgets"),
+        ({"algorithm": "dnis", "budgets": []}, "budgets must hold at least one"),
+        ({"algorithm": "dnis", "budgets": ["10%", "10%"]}, "budgets must differ"),
+        ({"algorithm": "dnis", "baselines": ["unifrm"]}, "unknown name 'unifrm'. Did you mean 'uniform'?"),
     ],
 )
 def test_values_that_make_no_sense_are_named(search: dict[str, object], message: str) -> None:
@@ -96,7 +100,28 @@ def test_files_that_are_no_recipe(content: str, message: str, tmp_path: Path) ->
         load_recipe(tmp_path / "none.yaml")
 
 
-@pytest.mark.parametrize("override", ["train.epochs", "=3", "train.epochs=[", "seed.x=3"])
+@pytest.mark.parametrize("override", ["train.epochs", "=3", "train.epochs=[", "seeds.x=3"])
 def test_overrides_that_make_no_sense(override: str) -> None:
     with pytest.raises(RecipeError, match="override"):
         load_recipe(RECIPES[0], [override])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"seeds": []}, "seeds must hold at least one"),
+        ({"seeds": [1, 1]}, "no one twice"),
+        ({"seeds": [-1]}, "each 0 or more"),
+        ({"tune": {"l2": [0.1, -1.0]}}, "l2 at least 0"),
+        ({"tune": {"epochs": [3]}}, "extra field 'epochs'"),
+    ],
+)
+def test_a_matrix_that_makes_no_sense_is_named(more: dict[str, object], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe({**MINIMAL, **more}, "r.yaml")
+
+
+def test_every_combination_is_tried_once_and_nothing_where_nothing_is_tuned() -> None:
+    assert Tune().trials() == [{}]
+    assert Tune(l2=(0.1, 0.2)).trials() == [{"l2": 0.1}, {"l2": 0.2}]
+    assert Tune(l2=(0.1, 0.2), lr=(1.0,)).trials() == [{"l2": 0.1, "lr": 1.0}, {"l2": 0.2, "lr": 1.0}]

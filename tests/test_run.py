@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,39 +12,110 @@ import torch
 from click.testing import CliRunner
 
 import embsearch_plugin as es
+from embsearch_plugin.algorithms.magnitude import Magnitude
+from embsearch_plugin.algorithms.uniform import Uniform
+from embsearch_plugin.cells import slug
 from embsearch_plugin.cli import main
 from embsearch_plugin.data import criteo, movielens
 from embsearch_plugin.data.planted import Planted
 from embsearch_plugin.errors import NonFiniteLoss
-from embsearch_plugin.recipes import Fused, Recipe, load_recipe
+from embsearch_plugin.evaluation import evaluate
+from embsearch_plugin.recipes import Fused, Recipe, Tune, load_recipe
 from embsearch_plugin.run import run
 from embsearch_plugin.training import Epoch, Watcher
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SMALL = ["train.batch_size=256", "train.epochs=2", "search.algorithm.warm_up=5", "model.embedding_dim=8"]
+ONE_CELL_EACH = ["train.epochs=1", "search.budgets=[50%]", "seeds=[0]", "tune={}"]
 
 
-def small(**train: object) -> Recipe:
+DATA = Planted(examples=4000, fields=4, rows=(60,), ranks=(2, 2, 1, 0), n_dense=3)
+ITERATIVE = Magnitude(rounds=2, every=2, warm_up=0)
+
+
+def small(search: Mapping[str, object] | None = None, train: Mapping[str, object] | None = None, **more: object) -> Recipe:
     recipe = load_recipe(RECIPES / "demo.yaml", SMALL)
-    planted = Planted(examples=4000, fields=4, rows=(60,), ranks=(2, 2, 1, 0), n_dense=3)
-    return replace(recipe, data=planted, train=replace(recipe.train, **train))
+    return replace(
+        recipe,
+        data=DATA,
+        search=replace(recipe.search, **(search or {})),
+        train=replace(recipe.train, **(train or {})),
+        **more,
+    )
 
 
-def files_of(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir() if path.suffix != ".safetensors" or path.stem == "model"}
+def by_place(metrics: dict[str, object], **wanted: object) -> list[dict[str, object]]:
+    return [cell for cell in metrics["cells"] if all(cell[name] == value for name, value in wanted.items())]
 
 
 @pytest.mark.parametrize("fused", [None, Fused("EXACT_ROWWISE_ADAGRAD", 0.05)])
 def test_a_run_writes_what_it_promises(fused: Fused | None, tmp_path: Path) -> None:
-    recipe = small(fused=fused)
+    recipe = small(train={"fused": fused})
     metrics = run(recipe, tmp_path)
-    assert files_of(tmp_path) >= {"plan.json", "model.safetensors", "metrics.json", "recipe.yaml", "report.html"}
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "recipe.yaml", "report.html", "cells"}
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
-    dense, compact = metrics["models"]
-    assert compact["bytes"] <= metrics["budget"]["bytes"] == dense["bytes"] // 2
     assert load_recipe(tmp_path / "recipe.yaml") == recipe
-    loaded = es.load(tmp_path, recipe.model.build(recipe.data.load().schema))
-    assert sum(p.numel() for p in loaded.parameters()) == compact["params"]
+    assert [cell["method"] for cell in metrics["cells"]] == ["dense", "dnis", "uniform", "magnitude"]
+    dense, *compact = metrics["cells"]
+    assert dense["bytes"] == metrics["original_bytes"]
+    for cell in compact:
+        assert cell["bytes"] <= metrics["budgets"][0]["bytes"] == metrics["original_bytes"] // 2
+        loaded = es.load(tmp_path / cell["folder"], recipe.model.build(DATA.load().schema))
+        assert sum(p.numel() for p in loaded.parameters()) == cell["params"]
+        assert evaluate(loaded, DATA.load().batches("test", 256)) == pytest.approx(cell["test"], abs=1e-6)
+    assert not list(tmp_path.glob("cells/**/checkpoints"))
+
+
+@pytest.mark.parametrize("fused", [None, Fused("EXACT_ROWWISE_ADAGRAD", 0.05)])
+def test_every_method_is_trained_by_the_same_optimizer(fused: Fused | None, tmp_path: Path) -> None:
+    """With fused kernels the tables of a method that never trained before its plan are fused too."""
+    rates = []
+    for rate in (0.05, 0.5):
+        train = {"fused": fused and replace(fused, learning_rate=rate), "lr": 0.003 if fused else rate / 10}
+        metrics = run(small({"baselines": (Uniform(), Magnitude(), ITERATIVE)}, train), tmp_path / str(rate))
+        rates.append([cell["validation"]["log_loss"] for cell in metrics["cells"]])
+    assert all(one != other for one, other in zip(*rates, strict=True))
+
+
+def test_the_matrix_tunes_on_the_first_seed_and_reads_test_for_what_was_chosen(tmp_path: Path) -> None:
+    recipe = small({"budgets": ("50%", "10%")}, {"epochs": 1}, tune=Tune(l2=(0.0, 0.1), lr=(0.001, 0.01)), seeds=(3, 5))
+    metrics = run(recipe, tmp_path)
+    places = {(cell["method"], cell["budget"]) for cell in metrics["cells"]}
+    assert len(places) == 1 + 3 * 2
+    for method, budget in places:
+        cells = by_place(metrics, method=method, budget=budget)
+        first = [cell for cell in cells if cell["seed"] == 3]
+        assert [cell["trial"] for cell in first] == recipe.tune.trials()
+        if cells[0]["status"] == "infeasible":
+            assert (method, budget) == ("uniform", "10%")
+            assert not any(cell["chosen"] for cell in cells)
+            assert "no uniform dim fits 10%" in cells[0]["reason"]
+            continue
+        best = min(first, key=lambda cell: cell["validation"]["log_loss"])["trial"]
+        assert all((cell["test"] is None) != cell["chosen"] for cell in cells)
+        assert [(cell["seed"], cell["trial"]) for cell in cells if cell["chosen"]] == [(3, best), (5, best)]
+
+
+def test_methods_that_share_a_name_are_told_apart_by_their_settings() -> None:
+    methods = replace(small().search, baselines=(Uniform(), Magnitude(), ITERATIVE)).methods
+    assert list(methods) == ["dnis", "uniform", "magnitude", "magnitude (warm_up=0, every=2, rounds=2)"]
+    assert len({slug(name) for name in methods}) == 4
+    assert list(replace(small().search, algorithm=Uniform()).methods) == ["uniform", "magnitude"]
+
+
+def test_a_search_that_serves_every_budget_is_run_once_and_one_that_does_not_for_each(tmp_path: Path) -> None:
+    search = {"budgets": ("50%", "25%"), "baselines": (Magnitude(), ITERATIVE)}
+    metrics = run(small(search), tmp_path)
+    one, two = by_place(metrics, method="dnis")
+    assert one["stages"]["search"] == two["stages"]["search"]
+    one, two = by_place(metrics, method="magnitude (warm_up=0, every=2, rounds=2)")
+    assert one["stages"]["search"] != two["stages"]["search"]
+    (dense,) = by_place(metrics, method="dense")
+    for cell in by_place(metrics, method="magnitude"):
+        assert cell["stages"]["dense"] == dense["stages"]["dense"]
+        assert cell["seconds"] > dense["seconds"]
+    # The dense model, pruned: what it comes as is what it was before, but for what was taken away.
+    assert one["stages"]["search"][0]["log_loss"] == pytest.approx(dense["validation"]["log_loss"], abs=1e-5)
 
 
 class Killed(Exception):
@@ -65,24 +137,36 @@ class KilledAfter(Watcher):
 def timeless(folder: Path) -> object:
     """What a run found, without how long it took."""
     metrics = json.loads((folder / "metrics.json").read_text())
-    for row in [*metrics["models"], *(row for rows in metrics["stages"].values() for row in rows)]:
-        row.pop("seconds")
+    for cell in metrics["cells"]:
+        cell.pop("seconds")
+        for row in (row for rows in cell["stages"].values() for row in rows):
+            row.pop("seconds")
     return metrics
+
+
+def models(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.glob("cells/**/model.safetensors")}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fused", [None, Fused("EXACT_ROWWISE_ADAGRAD", 0.05)])
 def test_a_run_killed_at_any_epoch_ends_as_if_it_had_not_been(fused: Fused | None, tmp_path: Path) -> None:
-    recipe = small(fused=fused)
-    run(recipe, tmp_path / "whole")
-    epochs = sum(map(len, json.loads((tmp_path / "whole" / "metrics.json").read_text())["stages"].values()))
-    for killed in range(1, epochs + 1):
+    search = {"budgets": ("50%", "25%"), "baselines": (Uniform(), Magnitude(), ITERATIVE)}
+    recipe = small(search, {"fused": fused, "epochs": 1}, tune=Tune(l2=(0.001, 0.01)))
+    epochs = KilledAfter(10_000)
+    run(recipe, tmp_path / "whole", watcher=epochs)
+    for killed in range(1, 10_000 - epochs.left + 1, 5):
         folder = tmp_path / str(killed)
         with pytest.raises(Killed):
             run(recipe, folder, watcher=KilledAfter(killed))
         run(recipe, folder, resume=True)
         assert timeless(folder) == timeless(tmp_path / "whole")
-        assert (folder / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+        assert models(folder) == models(tmp_path / "whole")
+
+
+def test_a_finished_run_that_is_resumed_trains_nothing(tmp_path: Path) -> None:
+    metrics = run(small(), tmp_path)
+    assert run(small(), tmp_path, resume=True, watcher=KilledAfter(1)) == metrics
 
 
 def test_a_folder_that_exists_is_not_touched(tmp_path: Path) -> None:
@@ -91,7 +175,7 @@ def test_a_folder_that_exists_is_not_touched(tmp_path: Path) -> None:
         run(small(), tmp_path)
     with pytest.raises(es.EmbsearchError, match="a run of another recipe"):
         run(small(), tmp_path, resume=True)
-    assert files_of(tmp_path) == {"mine"}
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_its_checkpoint(tmp_path: Path) -> None:
@@ -101,15 +185,14 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_its_checkpoint(tmp_pat
             data.dense[data.splits["train"][0]] = float("nan")
             return data
 
-    recipe = small()
     with pytest.raises(NonFiniteLoss, match="in step .* of epoch 1 of dense"):
-        run(replace(recipe, data=Broken(examples=4000, fields=4, rows=(60,), ranks=(2, 2, 1, 0), n_dense=3)), tmp_path)
-    assert (tmp_path / "checkpoints" / "dense.safetensors").exists()
+        run(replace(small(), data=Broken(**vars(DATA))), tmp_path)
+    assert (tmp_path / "cells/seed-0/trial-0/dense/checkpoints/dense.safetensors").exists()
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_runs_in_a_small_form(recipe: Path, tmp_path: Path) -> None:
-    overrides = [*SMALL, "search.budget=50%"]
+    overrides = [*SMALL, *ONE_CELL_EACH]
     if "ml1m" in recipe.stem:
         movielens.write_sample(tmp_path / "data")
         overrides.append(f"data.path={tmp_path / 'data'}")
@@ -145,7 +228,7 @@ def test_importing_the_package_is_light() -> None:
 
 def test_the_run_draws_nothing_from_the_callers_random_numbers_beyond_its_seed(tmp_path: Path) -> None:
     torch.manual_seed(1)
-    run(small(epochs=1), tmp_path / "a")
+    run(small(train={"epochs": 1}), tmp_path / "a")
     torch.manual_seed(2)
-    run(small(epochs=1), tmp_path / "b")
+    run(small(train={"epochs": 1}), tmp_path / "b")
     assert timeless(tmp_path / "a") == timeless(tmp_path / "b")

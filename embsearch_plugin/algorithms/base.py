@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 
 class Algorithm(Protocol):
@@ -22,6 +22,12 @@ class Algorithm(Protocol):
 class AlgorithmConfig:
     """Settings of an algorithm. A subclass has a ``name`` and builds the algorithm; its class is the registry's key.
 
+    What a reference run needs to know, so that no training is done twice:
+        ``starts_from``: the model as it is built, or the dense model once it is trained.
+        :attr:`trains`: whether the model trains while sizes are searched.
+        :attr:`searches_within_budget`: whether one search serves one budget only.
+        :attr:`least_search_steps`: a plan may be derived after so many.
+
     Args:
         warm_up: weight steps before the first search step. Ids are counted meanwhile (and after it: ranks are refreshed
             whenever the number of steps has doubled), so the default serves a run of 200 steps and one of 200,000.
@@ -29,12 +35,28 @@ class AlgorithmConfig:
     """
 
     name: ClassVar[str]
+    starts_from: ClassVar[Literal["scratch", "dense"]] = "scratch"
     warm_up: int = 50
     every: int = 1
 
     def __post_init__(self) -> None:
         if self.warm_up < 0 or self.every < 1:
             raise ValueError(f"warm_up must be at least 0 and every at least 1; got {self.warm_up} and {self.every}")
+
+    @property
+    def trains(self) -> bool:
+        """Whether the model trains while sizes are searched; otherwise one search step says it all."""
+        return True
+
+    @property
+    def searches_within_budget(self) -> bool:
+        """Whether the search itself depends on the budget; otherwise plans for many budgets come of one search."""
+        return False
+
+    @property
+    def least_search_steps(self) -> int:
+        """How many search steps it takes until a plan is what it is meant to be."""
+        return 1
 
     def build(self) -> Algorithm:
         """Return a new algorithm for one session."""

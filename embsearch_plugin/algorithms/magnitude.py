@@ -1,17 +1,21 @@
 """Magnitude pruning: what to keep is read off the trained dense tables (Han et al., 2015), the baseline of dnis.txt, 3.4.
 
-The model trains as it is. Then the (row block, column) pairs with the most energy are kept within the budget, in one shot, or
-single weights above one threshold. Fine-tuning is the training that goes on after ``compact``.
+The model trains as it is. Then the (row block, column) pairs with the most energy are kept within the budget, or single
+weights above one threshold. Fine-tuning is the training that goes on after ``compact``.
 
-Differences from Han et al.: one shot, where they prune and retrain by turns; embedding tables only.
+One shot by default. With ``rounds`` above one, pruning and training take turns, as Han et al. advise: round k of n keeps the
+share budget ** (k / n) of the bytes, so that each round removes the same part of what is left; what is removed stays so.
+
+Differences from Han et al.: embedding tables only; what is kept is chosen by one exact allocation over all tables, where they
+prune each layer by a threshold of its own.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from embsearch_plugin.algorithms.base import AlgorithmConfig
-from embsearch_plugin.algorithms.pruning import prune_pairs, prune_weights
+from embsearch_plugin.algorithms.pruning import kept_pairs, prune_pairs, prune_weights
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.hookspecs import hookimpl
 from embsearch_plugin.plan import SizePlan
@@ -25,13 +29,36 @@ class Magnitude(AlgorithmConfig):
     """Settings of magnitude pruning.
 
     Args:
-        fine_grained: prune single weights instead of (block, column) pairs.
+        fine_grained: prune single weights instead of (block, column) pairs; in one shot only.
         threshold: the smallest magnitude that is kept where no budget is (``derive(strict=False)``).
+        rounds: prune so many times, ``every`` weight steps apart, the first time after ``warm_up`` weight steps.
     """
 
     name: ClassVar[str] = "magnitude"
+    starts_from: ClassVar[Literal["scratch", "dense"]] = "dense"
     fine_grained: bool = False
     threshold: float = 0.01
+    rounds: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rounds < 1 or (self.rounds > 1 and self.fine_grained):
+            raise ValueError(f"rounds must be at least 1, and 1 where fine_grained; got {self.rounds}")
+
+    @property
+    def trains(self) -> bool:
+        """One shot needs the trained weights only."""
+        return self.rounds > 1
+
+    @property
+    def searches_within_budget(self) -> bool:
+        """Every round's share follows from the budget."""
+        return self.rounds > 1
+
+    @property
+    def least_search_steps(self) -> int:
+        """A plan is what is left after the last round."""
+        return self.rounds
 
     def build(self) -> "MagnitudeSearch":
         """Return the algorithm of one session."""
@@ -39,15 +66,21 @@ class Magnitude(AlgorithmConfig):
 
 
 class MagnitudeSearch:
-    """Magnitude pruning in one session. Its gates stay at one, and a search step learns nothing."""
+    """Magnitude pruning in one session. In one shot its gates stay at one; in rounds a gate that is closed stays closed."""
 
     def __init__(self, config: Magnitude) -> None:
         self.config = config
 
     @hookimpl
-    def embsearch_search_step(self) -> Mapping[str, float]:
-        """Leave everything as it is."""
-        return {}
+    def embsearch_search_step(self, session: "Session") -> Mapping[str, float]:
+        """Close the gates of what this round removes; with one round there is nothing to do before the end."""
+        done = session.search_steps + 1
+        if self.config.rounds == 1 or done > self.config.rounds:
+            return {}
+        left = kept_pairs(session, _ceiling(session, done / self.config.rounds))
+        gates = [gate * kept for gate, kept in zip(session.gates, left, strict=True)]
+        session.set_gates(gates)
+        return {"gates_open": sum(float(gate.sum()) for gate in gates) / sum(gate.numel() for gate in gates)}
 
     @hookimpl
     def embsearch_derive(self, session: "Session", budget: Budget | None) -> SizePlan:
@@ -56,11 +89,20 @@ class MagnitudeSearch:
         return prune(session, budget, self.config.threshold)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return nothing: the weights say it all."""
+        """Return nothing: the weights and the session's gates say it all."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from nothing."""
+
+
+def _ceiling(session: "Session", part: float) -> Budget:
+    """Return the budget of a round: between all (``part`` 0) and the session's budget (1), in equal ratios."""
+    if session.budget.unit == "parameters":
+        whole = sum(spec.n_params for spec in session.specs)
+        return Budget(params=max(round(whole * (session.budget.limit(0) / whole) ** part), 1))
+    share = session.budget.limit(session.original_bytes) / session.original_bytes
+    return session.budget if part == 1 else Budget(bytes=round(session.original_bytes * min(share, 1) ** part))
 
 
 @hookimpl

@@ -17,14 +17,27 @@ if TYPE_CHECKING:
 
 def prune_pairs(session: "Session", budget: Budget | None, threshold: float) -> SizePlan:
     """Choose a dim per row block: the most energy within the budget, or every pair above the threshold."""
-    tables = [_Pairs(table, session.block_energy(index), session) for index, table in enumerate(session.tables)]
-    if budget is None:
-        chosen = [pairs.above(threshold) for pairs in tables]
-    else:
-        options = [pairs.options(budget.unit) for pairs in tables]
-        chosen = allocate(options, budget.limit(session.original_bytes), budget.unit)
+    tables = _pairs_of(session)
+    chosen = [pairs.above(threshold) for pairs in tables] if budget is None else _largest(session, tables, budget)
     plans = [pairs.plan(dims) for pairs, dims in zip(tables, chosen, strict=True)]
     return SizePlan(tuple(plans), session.space.align)
+
+
+def kept_pairs(session: "Session", budget: Budget) -> list[Tensor]:
+    """Return which pairs :func:`prune_pairs` would keep within ``budget``: per table (S, D), one or zero."""
+    tables = _pairs_of(session)
+    chosen = _largest(session, tables, budget)
+    return [pairs.mask(dims).to(g.device) for pairs, dims, g in zip(tables, chosen, session.gates, strict=True)]
+
+
+def _pairs_of(session: "Session") -> list["_Pairs"]:
+    return [_Pairs(table, session.block_energy(index), session) for index, table in enumerate(session.tables)]
+
+
+def _largest(session: "Session", tables: Sequence["_Pairs"], budget: Budget) -> list[tuple[int, ...]]:
+    """Allocate dims, per table one for all blocks or one for each, that keep the most energy within the budget."""
+    options = [pairs.options(budget.unit) for pairs in tables]
+    return allocate(options, budget.limit(session.original_bytes), budget.unit)
 
 
 class _Pairs:
@@ -62,9 +75,18 @@ class _Pairs:
     def plan(self, dims: Sequence[int]) -> TablePlan:
         """Build the table's plan from one dim for all blocks, or one for each."""
         blocks = self.table.blocks
-        per_block = list(dims) if len(dims) > 1 else list(dims) * len(blocks.sizes)
         rows = [blocks.rows_of(block) for block in range(len(blocks.sizes))]
-        return TablePlan.nested(self.table.spec, per_block, rows, self.order.tolist())
+        return TablePlan.nested(self.table.spec, self._per_block(dims), rows, self.order.tolist())
+
+    def mask(self, dims: Sequence[int]) -> Tensor:
+        """Return one where a (block, column) pair is kept, zero elsewhere: (S, D)."""
+        mask = torch.zeros(self.energy.shape)
+        for block, dim in enumerate(self._per_block(dims)):
+            mask[block, self.order[:dim]] = 1
+        return mask
+
+    def _per_block(self, dims: Sequence[int]) -> list[int]:
+        return list(dims) if len(dims) > 1 else list(dims) * len(self.table.blocks.sizes)
 
 
 def prune_weights(session: "Session", budget: Budget | None, threshold: float) -> SizePlan:

@@ -34,6 +34,11 @@ class Uniform(AlgorithmConfig):
     warm_up: int = 0
     dim: int | None = None
 
+    @property
+    def trains(self) -> bool:
+        """Sizes are known before any training."""
+        return False
+
     def build(self) -> "UniformSearch":
         """Return the algorithm of one session."""
         return UniformSearch(self)

@@ -345,6 +345,8 @@ class Session:
                 "a sharded model cannot be rewritten in place.\n  Possible solution: plan = session.derive() on every rank, "
                 "then es.apply(build_model.original(), plan), then DistributedModelParallel again."
             )
+        for supernet in self._tables.supernets:
+            supernet.fuse()  # where no forward has run yet
         more = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
         orphans = rewrite(self.model, self._tables, plan, list(dict.fromkeys([*self._optimizers, *more])))
         if orphans:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import PLAIN, WORLDS, searched, train
+from support import PLAIN, WORLDS, relative_error, searched, train
 
 import embsearch_plugin as es
 from embsearch_plugin.algorithms.uniform import largest_dim
@@ -75,3 +75,55 @@ def test_magnitude_pruning_keeps_the_rows_and_columns_that_were_planted() -> Non
         assert table.blocks[0].dim == 4 and table.blocks[0].rows == rows.numel()
         assert set(table.columns[:4]) == set(columns.tolist())
         assert set(table.order.tolist()) == set(rows.tolist())
+
+
+@pytest.mark.parametrize("world", ["one id", "bags", "unequal dims"])
+@pytest.mark.parametrize("budget", [es.Budget.of("25%"), es.Budget(params=700)])
+def test_iterative_pruning_closes_gates_round_by_round_and_never_opens_one(world: str, budget: es.Budget) -> None:
+    rounds = es.Magnitude(warm_up=2, every=3, rounds=3)
+    _, session, _ = searched(WORLDS[world], steps=2, algorithm=rounds, budget=budget)
+    whole = sum(spec.n_params for spec in session.specs)
+    limit = budget.limit(session.original_bytes)
+    share = limit / (whole if budget.unit == "parameters" else session.original_bytes)
+    before = [gate.clone() for gate in session.gates]
+    for number in range(session.search_steps, 5):
+        open_weights = sum(
+            size * float(gate.sum())
+            for table, gates in zip(session.tables, session.gates, strict=True)
+            for size, gate in zip(table.blocks.sizes, gates, strict=True)
+        )
+        assert open_weights <= share ** (min(number, 3) / 3) * whole + 1
+        assert all(bool((now <= then).all()) for now, then in zip(session.gates, before, strict=True))
+        before = [gate.clone() for gate in session.gates]
+        session.step(WORLDS[world].batch(seed=number))
+    assert {float(value) for gate in session.gates for value in gate.unique()} == {0.0, 1.0}
+
+
+def test_what_an_iterative_search_pruned_is_what_its_plan_leaves_out() -> None:
+    model, session, _ = searched(PLAIN, steps=14, algorithm=es.Magnitude(warm_up=2, every=4, rounds=3), budget="40%")
+    batch = PLAIN.batch(seed=77)
+    model.eval()
+    before = model(batch)[1][1]
+    plan = session.derive()
+    assert plan.size_bytes <= es.Budget.of("40%").limit(session.original_bytes)
+    session.compact(plan)
+    assert relative_error(model(batch)[1][1], before) < 1e-5
+
+
+def test_pruned_weights_do_not_train() -> None:
+    model, session, optimizer = searched(PLAIN, steps=3, algorithm=es.Magnitude(warm_up=2, rounds=2), budget="40%")
+    closed = [gate[table.blocks.lookup().long()] == 0 for table, gate in zip(session.tables, session.gates, strict=True)]
+    assert any(bool(mask.any()) for mask in closed)
+    before = [p.detach().clone() for p in model.collection.parameters()]
+    for group in optimizer.param_groups:
+        group["betas"] = (0.0, 0.999)
+    train(model, optimizer, (PLAIN.batch(seed=i) for i in range(50, 53)))
+    for weight, old, mask in zip(model.collection.parameters(), before, closed, strict=True):
+        assert torch.equal(weight[mask], old[mask])
+
+
+def test_rounds_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(ValueError, match="rounds must be at least 1"):
+        es.Magnitude(rounds=0)
+    with pytest.raises(ValueError, match="1 where fine_grained"):
+        es.Magnitude(rounds=2, fine_grained=True)
