@@ -83,11 +83,19 @@ def apply(plan: Path, recipe: Path, overrides: tuple[str, ...]) -> None:
 
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-def report(folder: Path) -> None:
-    """Write FOLDER/report.html anew from its metrics.json and plan.json."""
+@click.option("--markdown", is_flag=True, help="Write no page: print the headline, and the results as a Markdown table.")
+def report(folder: Path, markdown: bool) -> None:
+    """Write FOLDER/report.html anew from its metrics.json and its plans."""
+    from embsearch_plugin.report.headline import headline
+    from embsearch_plugin.report.inputs import Metrics, read
     from embsearch_plugin.report.page import write_report
+    from embsearch_plugin.report.text import results_markdown
 
-    click.echo(f"written: {write_report(folder)}")
+    if markdown:
+        metrics = read(folder / "metrics.json", Metrics)
+        click.echo(f"{headline(metrics)}\n\n{results_markdown(metrics)}")
+    else:
+        click.echo(f"written: {write_report(folder)}")
 
 
 @main.command()

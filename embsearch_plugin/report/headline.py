@@ -1,53 +1,110 @@
-"""The result of a run in one sentence, whoever wins."""
+"""The results of a run in a few sentences: who wins at each budget, whoever it is, and whether the lead is one."""
+
+from typing import Any
 
 from embsearch_plugin.budget import human_bytes
-from embsearch_plugin.report.inputs import Budget, Metrics, Model
+from embsearch_plugin.report.inputs import Budget, Metrics, checked
+from embsearch_plugin.report.numbers import DIGITS, Estimate, measure
+from embsearch_plugin.report.results import Metric, Result, common_metric, dense, results
 
-DIGITS = 4
 
+def headline(metrics: Metrics | dict[str, Any]) -> str:
+    """Return the sentences of :func:`sentences` as one text.
 
-def headline(metrics: Metrics) -> str:
-    """Say how the compact model compares with the dense one on the test set: by AUC, or by log loss without one.
-
-    Differences are those of the printed figures, so what rounds to the same figure is called equal.
+    Raises:
+        RunFolderError: where the content of a ``metrics.json`` does not say what a report needs.
     """
-    compact, dense = metrics.model("compact"), metrics.model("dense")
-    start = f"At a budget of {_budget(metrics.budget)}"
-    if compact is None or dense is None:
-        return f"{start} there is no pair of a compact and a dense model to compare."
-    return f"{start} the compact model{_excess(compact, metrics.budget)} {_comparison(compact, dense)}."
+    return " ".join(sentences(checked(metrics)))
 
 
-def _comparison(compact: Model, dense: Model) -> str:
-    for metric, ours, theirs, sign in (
-        ("AUC", compact.test.auc, dense.test.auc, 1),
-        ("log loss", compact.test.log_loss, dense.test.log_loss, -1),
-    ):
-        if ours is not None and theirs is not None:
-            figures = f"test {metric} {ours:.{DIGITS}f}, the dense model {theirs:.{DIGITS}f}"
-            lead = sign * round(round(ours, DIGITS) - round(theirs, DIGITS), DIGITS)
-            return f"has {figures}: {_verdict(compact, dense, lead)}"
-    return "cannot be compared with the dense model: no test metric is defined for both"
+def sentences(metrics: Metrics) -> list[str]:
+    """Say for each budget which method is best on the test set, then what the dense model reaches and what ± means.
+
+    The best has the highest mean test AUC over seeds (the lowest log loss where an AUC is undefined). It wins if it leads
+    every other by more than the larger of both spreads; those it does not lead by so much are named beside it. The
+    recipe's own algorithm is named in any case.
+    """
+    found = results(metrics)
+    by_budget = [_sentence(budget, [r for r in found if r.budget == budget], metrics.algorithm) for budget in metrics.budgets]
+    return [*by_budget, _reference(dense(found)), *_spread(found)]
 
 
-def _verdict(compact: Model, dense: Model, lead: float) -> str:
-    if lead == 0:
-        return f"no difference, {_size(compact, dense)}"
-    winner, loser = (compact, dense) if lead > 0 else (dense, compact)
-    return f"{winner.name} is better by {abs(lead):.{DIGITS}f} {_size(winner, loser)}"
+def within_spread(leader: Estimate, other: Estimate, metric: Metric) -> bool:
+    """Whether the leader's lead is not larger than the larger of the two spreads."""
+    return _lead(leader, other, metric) <= max(leader.spread or 0.0, other.spread or 0.0)
 
 
-def _size(model: Model, other: Model) -> str:
-    if not other.bytes:
-        return f"at {human_bytes(model.bytes)} against none"
-    ratio = model.bytes / other.bytes
-    return f"at {ratio:.1f} times the bytes" if ratio >= 1 else f"at {ratio:.1%} of the bytes"
+def _sentence(budget: Budget, found: list[Result], algorithm: str) -> str:
+    tested = [result for result in found if result.chosen]
+    metric = common_metric(tested)
+    if not tested:
+        return f"At {budget.text}, {_nothing(found)}."
+    if metric is None:
+        names = _listed([result.method for result in tested])
+        return f"At {budget.text}, {names} cannot be compared: no test metric is defined for all."
+    missing = "".join(
+        f"; {result.method} is {result.missing}" for result in found if result.method == algorithm and result.missing
+    )
+    over = "".join(
+        f" But {result.method} is {human_bytes(result.excess)} over the budget." for result in tested if result.excess > 0
+    )
+    return f"At {budget.text}, {_verdict(tested, metric, algorithm)}{missing}.{over}"
 
 
-def _budget(budget: Budget) -> str:
-    return budget.text if budget.bytes is None else f"{budget.text} ({human_bytes(budget.bytes)})"
+def _nothing(found: list[Result]) -> str:
+    if not found:
+        return "nothing was run"
+    if len({result.missing for result in found}) == 1:
+        return f"every method is {found[0].missing}"
+    return _listed([f"{result.method} is {result.missing}" for result in found])
 
 
-def _excess(model: Model, budget: Budget) -> str:
-    excess = 0 if budget.bytes is None else model.bytes - budget.bytes
-    return f", {human_bytes(excess)} over it," if excess > 0 else ""
+def _verdict(tested: list[Result], metric: Metric, algorithm: str) -> str:
+    """Compare the results at one budget, all of which are defined in ``metric``."""
+    ranked = sorted(
+        ((result.method, estimate) for result in tested if (estimate := result.test(metric))),
+        key=lambda entry: (-metric.sign * entry[1].mean, entry[0]),
+    )
+    (best, leader), others = ranked[0], ranked[1:]
+    rivals = [(name, other) for name, other in others if within_spread(leader, other, metric)]
+    behind = [(name, other) for name, other in others if (name, other) not in rivals]
+    # Of those that are clearly behind: the runner-up if it is one, and the recipe's own algorithm.
+    named = [entry for entry in behind if entry[0] == algorithm or entry == others[0]]
+    trailing = _listed([f"{measure(_lead(leader, other, metric))} ahead of {name} ({other})" for name, other in named])
+    figure = f"test {metric.name} {leader}"
+    if rivals:
+        verb = "is" if len(rivals) == 1 else "are"
+        relation = "equal" if all(other == leader for _, other in rivals) else "within the spread"
+        names = _listed([f"{name} ({other})" for name, other in rivals])
+        rest = f"; {best} is {trailing}" if named else ""
+        return f"no clear winner: {best} has {figure}, and {names} {verb} {relation}{rest}"
+    if not others:
+        return f"only {best} has a result, {figure}"
+    return f"{best} wins with {figure}, {trailing}"
+
+
+def _lead(leader: Estimate, other: Estimate, metric: Metric) -> float:
+    return round(metric.sign * (leader.mean - other.mean), DIGITS)
+
+
+def _reference(reference: Result | None) -> str:
+    if reference is None or reference.size is None:
+        return "There is no dense model to compare with."
+    metric = common_metric([reference])
+    figure = f"test {metric.name} {reference.test(metric)}" if metric else "no test metric that is defined,"
+    return f"The {reference.method} model, the reference, has {figure} at {human_bytes(reference.size)}."
+
+
+def _spread(found: list[Result]) -> list[str]:
+    """Say what the figures after ± are."""
+    seeds = {len(result.chosen) for result in found if result.chosen}
+    if not seeds:
+        return []
+    if seeds == {1}:
+        return ["One seed: how far seeds differ is not known."]
+    counts = f"{max(seeds)}" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
+    return [f"± is the standard deviation over {counts} seeds."]
+
+
+def _listed(parts: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))

@@ -17,6 +17,8 @@ LINES = ("#000011", "#000012", "#000013", "#000014")
 _VARIABLES = {INK: "ink", MUTED: "muted", TRACK: "track", KEPT: "kept", DROPPED: "dropped"}
 _VARIABLES |= {colour: f"line-{number}" for number, colour in enumerate(LINES, 1)}
 
+WIDTH = 11.0  # inches, as all lengths in figures; the page scales a picture to its own width
+
 _STYLE = {
     "axes.edgecolor": TRACK,
     "axes.facecolor": "none",
@@ -31,6 +33,7 @@ _STYLE = {
     "grid.color": TRACK,
     "svg.fonttype": "none",  # text stays text: it can be searched, selected and read aloud
     "text.color": INK,
+    "text.parse_math": False,  # a name with a dollar sign is a name
     "xtick.color": MUTED,
     "xtick.major.size": 0,
     "ytick.color": MUTED,

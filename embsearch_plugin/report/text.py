@@ -1,101 +1,70 @@
-"""Numbers as people read them, and the table that compares the models.
+"""The results as a table for the terminal, and as Markdown."""
 
-The terminal and the HTML page show the same rows, made by :func:`result_rows`, so the two cannot disagree.
-"""
-
-from dataclasses import dataclass
+import re
 from typing import Any
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from embsearch_plugin.budget import human_bytes
-from embsearch_plugin.report.inputs import Metrics, Model, Number, structure
+from embsearch_plugin.report.inputs import Metrics, checked
+from embsearch_plugin.report.rows import NARROW, Figure, columns, footnotes, result_rows
 
-__all__ = [
-    "COLUMNS",
-    "TIMES",
-    "UNDEFINED",
-    "Cell",
-    "dim_text",
-    "human_bytes",
-    "percent",
-    "result_rows",
-    "results_table",
-]
+__all__ = ["results_markdown", "results_table"]
 
-UNDEFINED = "\N{EN DASH}"
-TIMES = "\N{MULTIPLICATION SIGN}"
-
-COLUMNS = (
-    "model",
-    "test AUC",
-    "test log loss",
-    "val AUC",
-    "embedding bytes",
-    "of dense",
-    "seconds",
-    "time / dense",
-    "epochs",
-)
+_WORDS = {"method", "budget", "trial"}  # columns that hold words, at the left
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A rounded figure to read and, where rounding hides something, the exact one."""
+def results_table(metrics: Metrics | dict[str, Any]) -> Table:
+    """Return the results in the content of a ``metrics.json`` as a table for a terminal of 80 characters.
 
-    text: str
-    exact: str = ""
-
-
-def percent(part: float, whole: float) -> str:
-    """Return ``part`` of ``whole`` as a percentage, or a dash if there is no whole."""
-    return f"{part / whole:.1%}" if whole else UNDEFINED
-
-
-def dim_text(dim: float) -> str:
-    """Return a dim, or the mean of several: ``16``, ``7.4``, ``0.03``."""
-    return f"{round(dim, 1 if dim >= 1 else 2):g}"
-
-
-def result_rows(metrics: Metrics) -> list[list[Cell]]:
-    """Return one row of cells, in the order of :data:`COLUMNS`, for each model."""
-    dense = metrics.model("dense")
-    return [_result_row(model, dense) for model in metrics.models]
-
-
-def results_table(metrics: dict[str, Any]) -> Table:
-    """Return the comparison of the models in the content of a ``metrics.json``, for the terminal.
-
-    Raises :class:`~embsearch_plugin.errors.RunFolderError` if something is missing from it.
+    Raises:
+        RunFolderError: where something is missing from it.
     """
-    table = Table(COLUMNS[0], box=box.SIMPLE, show_edge=False, padding=(0, 1, 0, 0))
-    for column in COLUMNS[1:]:
-        table.add_column(column.replace(" ", "\n", 1), justify="right")  # two lines, to fit 80 characters
-    for row in result_rows(structure(metrics, Metrics, "metrics")):
-        # Text, not str: a model's name is not markup.
-        table.add_row(*(Text(cell.text) for cell in row))
+    metrics = checked(metrics)
+    table = Table(box=box.SIMPLE, show_edge=False, padding=0)  # the box itself leaves a space between columns
+    for name in NARROW:
+        words = name in _WORDS
+        table.add_column(
+            "\n".join(name.rsplit(" ", 1)), justify="left" if words else "right", no_wrap=not words, overflow="fold"
+        )
+    rows = result_rows(metrics)
+    for row, following in zip(rows, [*rows[1:], None], strict=True):
+        last = following is not None and following.budget != row.budget
+        table.add_row(*(_styled(row.figures[name]) for name in NARROW), end_section=last)
+    notes = footnotes(metrics)
+    table.caption = Text("\n".join(notes)) if notes else None
+    table.caption_justify = "left"
     return table
 
 
-def _result_row(model: Model, dense: Model | None) -> list[Cell]:
-    return [
-        Cell(model.name),
-        _measure(model.test.auc),
-        _measure(model.test.log_loss),
-        _measure(model.validation.auc),
-        Cell(human_bytes(model.bytes), f"{model.bytes:,} bytes"),
-        Cell(percent(model.bytes, dense.bytes) if dense else UNDEFINED),
-        _measure(model.seconds, digits=1),
-        Cell(_ratio(model.seconds, dense.seconds if dense else None)),
-        Cell(UNDEFINED if model.epochs is None else str(model.epochs)),
-    ]
+def results_markdown(metrics: Metrics | dict[str, Any]) -> str:
+    """Return the table of results, and why something is missing from it, as Markdown.
+
+    Raises:
+        RunFolderError: where something is missing from it.
+    """
+    metrics = checked(metrics)
+    names = columns(metrics)
+    lines = [_line(names), _line(["---" if name in _WORDS else "---:" for name in names])]
+    lines += [_line([_emphasised(row.figures[name]) for name in names]) for row in result_rows(metrics)]
+    notes = [f"* {_plain(note)}" for note in footnotes(metrics)]
+    return "\n".join([*lines, *(["", *notes] if notes else [])])
 
 
-def _measure(value: Number, digits: int = 4) -> Cell:
-    return Cell(UNDEFINED) if value is None else Cell(f"{value:,.{digits}f}", str(value))
+def _styled(figure: Figure) -> Text:
+    # Text, not str: a method's name is not markup.
+    return Text(figure.text, style="bold" if figure.best else "")
 
 
-def _ratio(value: Number, reference: Number) -> str:
-    return f"{value / reference:.2f}{TIMES}" if value is not None and reference else UNDEFINED
+def _emphasised(figure: Figure) -> str:
+    return f"**{_plain(figure.text)}**" if figure.best else _plain(figure.text)
+
+
+def _plain(text: str) -> str:
+    """Return ``text`` so that Markdown shows it as it is, on one line."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~&$])", r"\\\1", " ".join(text.split()))
+
+
+def _line(fields: list[str]) -> str:
+    return f"| {' | '.join(fields)} |"

@@ -2,12 +2,16 @@
 
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
+from report_runs import cells_of, set_test
 
-from embsearch_plugin.report.figures import course_figure, curves_figure, dims_figure
-from embsearch_plugin.report.inputs import Block, Plan, Table, structure
+from embsearch_plugin.report.comparison import comparison_figure
+from embsearch_plugin.report.curves import course_figure, curves_figure
+from embsearch_plugin.report.dims import dims_figure
+from embsearch_plugin.report.inputs import Block, Plan, Table, checked, structure
 
 Data = dict[str, Any]
 MakePlan = Callable[[int], Data]
@@ -70,15 +74,70 @@ def test_an_undefined_value_is_a_gap_not_a_zero() -> None:
 
 
 def test_the_validation_metric_comes_first(metrics: Data) -> None:
-    titles = [text for text in texts(curves_figure(metrics["stages"])) if "loss" in text or "AUC" in text]
+    titles = [text for text in texts(curves_figure({"": metrics["cells"][0]["stages"]})) if "loss" in text or "AUC" in text]
     assert titles == ["validation AUC", "validation log loss", "training loss"]
+
+
+def test_each_budget_has_its_own_panels_and_a_stage_its_colour_in_all() -> None:
+    def rows(*losses: float) -> list[Data]:
+        return [{"epoch": epoch, "log_loss": loss} for epoch, loss in enumerate(losses)]
+
+    dense, svg = rows(0.7, 0.5), curves_figure({"50%": {"dense": rows(0.7, 0.5), "search": rows(0.7, 0.6)}, "5%": {}})
+    assert [text for text in texts(svg) if "loss" in text] == ["validation log loss, 50%"]
+    svg = curves_figure({"50%": {"dense": dense, "search": rows(0.7, 0.6)}, "5%": {"dense": dense, "fine-tune": rows(0.55)}})
+    assert [text for text in texts(svg) if "loss" in text] == ["validation log loss, 50%", "validation log loss, 5%"]
+    first, second = paths(svg, "line-1")[:2]
+    assert [x for x, _ in first] == pytest.approx([x for x, _ in second])
+    assert first[0][1] - first[1][1] == pytest.approx(second[0][1] - second[1][1])  # one scale for both
+    assert len(paths(svg, "line-2")) == len(paths(svg, "line-3")) == 1
 
 
 def test_a_stage_without_numbers_leaves_the_others_their_colours() -> None:
     stages = {"dense": [{"epoch": 1, "auc": None}], "search": [{"epoch": 1, "auc": 0.5}, {"epoch": 2, "auc": 0.6}]}
-    assert not paths(curves_figure(stages), "line-1")
-    assert paths(curves_figure(stages), "line-2")
+    assert not paths(curves_figure({"": stages}), "line-1")
+    assert paths(curves_figure({"": stages}), "line-2")
+
+
+def test_comparison_draws_each_method_s_means_and_spreads(metrics: Data) -> None:
+    svg = comparison_figure(checked(metrics))
+    assert {"dense", "dnis", "uniform", "magnitude", "5%", "50%", "84.4 KiB"} <= set(texts(svg))
+    means = [next(path for path in paths(svg, f"line-{n}") if len(path) > 2) for n in (1, 3)]  # a spread has two ends
+    assert [len(path) for path in means] == [4, 4]
+    assert all(left[0] < right[0] for path in means for left, right in pairwise(path))
+    (dnis, magnitude) = means
+    assert dnis[0][1] > magnitude[0][1]  # at 5% DNIS is worse: further down
+    assert dnis[2][1] < magnitude[2][1]  # at 25% it is better
+    height = next(abs(path[0][1] - path[1][1]) for path in paths(svg, "line-1") if len(path) == 2)
+    scale = (dnis[0][1] - magnitude[0][1]) / (0.7993 - 0.7877)
+    assert height == pytest.approx(2 * 0.0010 * scale, rel=1e-2)
+
+
+def test_comparison_leaves_out_what_is_infeasible(metrics: Data) -> None:
+    uniform = next(path for path in paths(comparison_figure(checked(metrics)), "line-2") if len(path) > 2)
+    assert len(uniform) == 3
+
+
+def test_comparison_tells_its_figures(metrics: Data) -> None:
+    svg = comparison_figure(checked(metrics)) or ""
+    assert "uniform: 0.8132 ± 0.0004 at 168.8 KiB, 0.8185 ± 0.0002 at 422.1 KiB, 0.8193 ± 0.0003 at 844.2 KiB." in svg
+    assert "dense, a horizontal line: 0.8206 ± 0.0003." in svg
+
+
+def test_comparison_without_auc_is_of_log_loss(metrics: Data) -> None:
+    for cell in metrics["cells"]:
+        if cell["chosen"]:
+            cell["test"]["auc"] = None
+    assert "test log loss" in texts(comparison_figure(checked(metrics)))
+
+
+def test_comparison_of_one_point_and_of_none(small: Data) -> None:
+    assert "dnis" in texts(comparison_figure(checked(small)))
+    set_test(small, "dnis", "10%", [None], log_loss=None)
+    assert comparison_figure(checked(small)) is None
+    set_test(small, "dnis", "10%", [0.8])
+    cells_of(small, "dnis", "10%")[0]["bytes"] = 0
+    assert comparison_figure(checked(small)) is None
 
 
 def test_nothing_to_draw() -> None:
-    assert (dims_figure([]), course_figure([]), curves_figure({"dense": []})) == (None, None, None)
+    assert (dims_figure([]), course_figure([]), curves_figure({"": {"dense": []}})) == (None, None, None)

@@ -1,0 +1,147 @@
+"""The results as rows of text. The terminal, the HTML page and the Markdown table show these, so they cannot disagree."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from embsearch_plugin.budget import human_bytes
+from embsearch_plugin.report.inputs import Cell, Metrics, Number
+from embsearch_plugin.report.numbers import UNDEFINED, Estimate, measure, percent, ratio
+from embsearch_plugin.report.results import AUC, LOG_LOSS, Metric, Result, dense, results, trial_text
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What stands in one field of the table: its text, what rounding hides in it, and whether it is the budget's best."""
+
+    text: str
+    exact: str = ""
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method at a budget (empty for the dense model): its figures, by column."""
+
+    budget: str
+    figures: dict[str, Figure]
+
+
+NARROW = (
+    "method",
+    "budget",
+    "test AUC",
+    "test log loss",
+    "embedding bytes",
+    "of dense",
+    "time / dense",
+    "seeds",
+)
+"""The columns that fit 80 characters."""
+
+
+def columns(metrics: Metrics) -> list[str]:
+    """Return the names of all columns; those of trials only if the run has any."""
+    tuned = ["trial", "trials run"] if any(cell.trial for cell in metrics.cells) else []
+    return ["method", "budget", "test AUC", "test log loss", "val AUC", *NARROW[4:], *tuned]
+
+
+def result_rows(metrics: Metrics) -> list[Row]:
+    """Return a row for each method at each budget, dense first, grouped by budget."""
+    found = results(metrics)
+    seeds = len({cell.seed for cell in metrics.cells})
+    reference = dense(found)
+    return [_row(result, metrics.original_bytes, reference, seeds, _best(result, found)) for result in found]
+
+
+def footnotes(metrics: Metrics) -> list[str]:
+    """Return why models have no figures, a line for each reason of each result."""
+    notes: list[str] = []
+    for result in results(metrics):
+        missing = [(cell.status, _reason(cell)) for cell in result.cells if not cell.done]
+        at = result.method + (f" at {result.budget.text}" if result.budget else "")
+        some = "" if len(missing) == len(result.cells) else f", {len(missing)} of its {len(result.cells)} models"
+        notes += [f"{at}{some}: {status}, {reason}" for status, reason in dict.fromkeys(missing)]
+    return notes
+
+
+def _reason(cell: Cell) -> str:
+    return " ".join((cell.reason or "no reason given").split())
+
+
+def _best(result: Result, found: Iterable[Result]) -> set[Metric]:
+    """Return the metrics in which no other method at the result's budget is better; none if there is no other."""
+    rivals = [other for other in found if other.budget == result.budget and other is not result]
+    return {metric for metric in (AUC, LOG_LOSS) if _leads(result.test(metric), metric, rivals)}
+
+
+def _leads(ours: Estimate | None, metric: Metric, rivals: list[Result]) -> bool:
+    theirs = [estimate.mean for rival in rivals if (estimate := rival.test(metric))]
+    return ours is not None and bool(theirs) and all(metric.sign * (ours.mean - mean) >= 0 for mean in theirs)
+
+
+def _row(result: Result, original: int, reference: Result | None, seeds: int, best: set[Metric]) -> Row:
+    figures = {
+        "method": Figure(result.method),
+        "budget": _budget(result),
+        "test AUC": _missing(result) or _tested(result, AUC, best),
+        "test log loss": _tested(result, LOG_LOSS, best),
+        "val AUC": _validated(result),
+        "embedding bytes": _size(result),
+        "of dense": Figure(UNDEFINED if result.size is None else percent(result.size, original)),
+        "time / dense": _time(result, reference),
+        "seeds": _seeds(result, seeds),
+        "trial": Figure(next((trial_text(cell.trial) for cell in result.chosen), "") or UNDEFINED),
+        "trials run": Figure(str(len(result.trials)), "; ".join(filter(None, map(trial_text, result.trials)))),
+    }
+    return Row(result.budget.text if result.budget else "", figures)
+
+
+def _budget(result: Result) -> Figure:
+    if result.budget is None:
+        return Figure(UNDEFINED)
+    return Figure(result.budget.text, "" if result.budget.bytes is None else f"{result.budget.bytes:,} bytes")
+
+
+def _missing(result: Result) -> Figure | None:
+    if not result.missing:
+        return None
+    return Figure(result.missing, "; ".join(dict.fromkeys(_reason(cell) for cell in result.cells if not cell.done)))
+
+
+def _tested(result: Result, metric: Metric, best: set[Metric]) -> Figure:
+    estimate = result.test(metric)
+    if estimate is None:
+        return Figure(UNDEFINED)
+    exact = _by_seed(result.chosen, [metric.of(cell.test) for cell in result.chosen])
+    return Figure(str(estimate), exact, metric in best)
+
+
+def _validated(result: Result) -> Figure:
+    estimate = result.validation(AUC)
+    return Figure(UNDEFINED) if estimate is None else Figure(measure(estimate.mean), str(estimate))
+
+
+def _size(result: Result) -> Figure:
+    if result.size is None:
+        return Figure(UNDEFINED)
+    sizes = [cell.bytes for cell in result.chosen]
+    same = len(set(sizes)) == 1
+    return Figure(human_bytes(result.size), f"{sizes[0]:,} bytes" if same else _by_seed(result.chosen, sizes))
+
+
+def _time(result: Result, reference: Result | None) -> Figure:
+    seconds = [None if cell.seconds is None else f"{cell.seconds:,.1f} s, {cell.epochs} epochs" for cell in result.chosen]
+    return Figure(ratio(result.seconds, reference.seconds if reference else None), _by_seed(result.chosen, seconds))
+
+
+def _seeds(result: Result, seeds: int) -> Figure:
+    if not result.chosen:
+        return Figure(UNDEFINED)
+    done = len(result.chosen)
+    return Figure(f"{done}" if done == seeds else f"{done}/{seeds}", ", ".join(str(cell.seed) for cell in result.chosen))
+
+
+def _by_seed(cells: list[Cell], values: Sequence[Number | str]) -> str:
+    """Return the value of each seed, as far as it is known."""
+    known = [(cell.seed, value) for cell, value in zip(cells, values, strict=True) if value is not None]
+    return "; ".join(f"seed {seed}: {f'{value:,}' if isinstance(value, int) else value}" for seed, value in known)

@@ -1,0 +1,36 @@
+"""How each result's training settings were chosen: the validation log loss of every trial."""
+
+from embsearch_plugin.report.inputs import Metrics
+from embsearch_plugin.report.numbers import UNDEFINED, measure
+from embsearch_plugin.report.results import AUC, LOG_LOSS, Result, results, trial_text
+from embsearch_plugin.report.rows import Figure
+
+
+def trial_columns(metrics: Metrics) -> list[str]:
+    """Return the different trials of a run as text, in order of appearance; none if nothing was tuned."""
+    return list(dict.fromkeys(trial_text(cell.trial) for cell in metrics.cells if cell.trial))
+
+
+def trial_rows(metrics: Metrics) -> list[tuple[str, list[Figure]]]:
+    """Return for each method at each budget its name, and its first seed's figure in each trial, the chosen one marked."""
+    trials = trial_columns(metrics)
+    return [(_name(result), [_figure(result, trial) for trial in trials]) for result in results(metrics)]
+
+
+def _name(result: Result) -> str:
+    return f"{result.method} at {result.budget.text}" if result.budget else result.method
+
+
+def _figure(result: Result, trial: str) -> Figure:
+    first = result.cells[0].seed
+    cell = next((cell for cell in result.cells if cell.seed == first and trial_text(cell.trial) == trial), None)
+    if cell is None:
+        return Figure(UNDEFINED)
+    if not cell.done:
+        return Figure(cell.status, cell.reason or "")
+    loss, auc = LOG_LOSS.of(cell.validation), AUC.of(cell.validation)
+    return Figure(
+        UNDEFINED if loss is None else measure(loss),
+        "" if auc is None else f"validation AUC {measure(auc)}",
+        any(other.trial == cell.trial for other in result.chosen),
+    )
