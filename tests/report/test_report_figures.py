@@ -148,3 +148,10 @@ def test_comparison_of_one_point_and_of_none(small: Data) -> None:
 
 def test_nothing_to_draw() -> None:
     assert (dims_figure([]), course_figure([]), curves_figure({"": {"dense": []}})) == (None, None, None)
+
+
+def test_a_budget_that_is_not_in_bytes_is_marked_where_its_largest_model_is(metrics: Data) -> None:
+    metrics["budgets"][2] = {"text": "43000 parameters", "bytes": None}
+    for cell in metrics["cells"]:
+        cell["budget"] = "43000 parameters" if cell["budget"] == "10%" else cell["budget"]
+    assert {"43000 parameters", "168.8 KiB"} <= set(texts(comparison_figure(checked(metrics))))
