@@ -85,7 +85,17 @@ def _draw(models: Mapping[str, Panels], lines: list[str], x_label: str, name: st
                     axes = figure.add_subplot(rows * len(models), columns, place, xlabel=x_label, sharey=scales.get(title))
                     scales.setdefault(title, axes)
                     _draw_panel(axes, _title(title, model), panels[title], colours)
+        for title, axes in scales.items():
+            _fit_scale(axes, [line for panels in models.values() for line in panels.get(title, {}).values()])
         return inline_svg(figure, name, f"Curves by {x_label}: {', '.join(titles)}")
+
+
+def _fit_scale(axes: Axes, lines: list[Series]) -> None:
+    """Fit the scale to what follows the start: beside an untrained model (epoch 0) all trained ones look alike."""
+    values = [y for line in lines for x, y in zip(*line, strict=True) if x > 0 and math.isfinite(y)]
+    if values and min(values) < max(values):
+        margin = 0.05 * (max(values) - min(values))
+        axes.set_ylim(min(values) - margin, max(values) + margin)
 
 
 def _ranked(titles: set[str]) -> list[str]:

@@ -29,11 +29,6 @@ def sentences(metrics: Metrics) -> list[str]:
     return [*by_budget, _reference(dense(found)), *_spread(found)]
 
 
-def within_spread(leader: Estimate, other: Estimate, metric: Metric) -> bool:
-    """Whether the leader's lead is not larger than the larger of the two spreads."""
-    return _lead(leader, other, metric) <= max(leader.spread or 0.0, other.spread or 0.0)
-
-
 def _sentence(budget: Budget, found: list[Result], algorithm: str) -> str:
     tested = [result for result in found if result.chosen]
     metric = common_metric(tested)
@@ -66,7 +61,7 @@ def _verdict(tested: list[Result], metric: Metric, algorithm: str) -> str:
         key=lambda entry: (-metric.sign * entry[1].mean, entry[0]),
     )
     (best, leader), others = ranked[0], ranked[1:]
-    rivals = [(name, other) for name, other in others if within_spread(leader, other, metric)]
+    rivals = [(name, other) for name, other in others if _within_spread(leader, other, metric)]
     behind = [(name, other) for name, other in others if (name, other) not in rivals]
     # Of those that are clearly behind: the runner-up if it is one, and the recipe's own algorithm.
     named = [entry for entry in behind if entry[0] == algorithm or entry == others[0]]
@@ -81,6 +76,11 @@ def _verdict(tested: list[Result], metric: Metric, algorithm: str) -> str:
     if not others:
         return f"only {best} has a result, {figure}"
     return f"{best} wins with {figure}, {trailing}"
+
+
+def _within_spread(leader: Estimate, other: Estimate, metric: Metric) -> bool:
+    """Whether the leader's lead is not larger than the larger of the two spreads."""
+    return _lead(leader, other, metric) <= max(leader.spread or 0.0, other.spread or 0.0)
 
 
 def _lead(leader: Estimate, other: Estimate, metric: Metric) -> float:

@@ -80,7 +80,7 @@ def test_the_validation_metric_comes_first(metrics: Data) -> None:
 
 def test_each_budget_has_its_own_panels_and_a_stage_its_colour_in_all() -> None:
     def rows(*losses: float) -> list[Data]:
-        return [{"epoch": epoch, "log_loss": loss} for epoch, loss in enumerate(losses)]
+        return [{"epoch": epoch, "log_loss": loss} for epoch, loss in enumerate(losses, 1)]
 
     dense, svg = rows(0.7, 0.5), curves_figure({"50%": {"dense": rows(0.7, 0.5), "search": rows(0.7, 0.6)}, "5%": {}})
     assert [text for text in texts(svg) if "loss" in text] == ["validation log loss, 50%"]
@@ -88,8 +88,15 @@ def test_each_budget_has_its_own_panels_and_a_stage_its_colour_in_all() -> None:
     assert [text for text in texts(svg) if "loss" in text] == ["validation log loss, 50%", "validation log loss, 5%"]
     first, second = paths(svg, "line-1")[:2]
     assert [x for x, _ in first] == pytest.approx([x for x, _ in second])
+    assert first[0][1] != first[1][1]
     assert first[0][1] - first[1][1] == pytest.approx(second[0][1] - second[1][1])  # one scale for both
     assert len(paths(svg, "line-2")) == len(paths(svg, "line-3")) == 1
+
+
+def test_an_untrained_model_does_not_flatten_the_curves() -> None:
+    rows = [{"epoch": epoch, "log_loss": loss} for epoch, loss in enumerate((0.69, 0.53, 0.52))]
+    (line,) = paths(curves_figure({"": {"dense": rows}}), "line-1")
+    assert line[2][1] - line[1][1] > 100  # points, of a panel of about 120
 
 
 def test_a_stage_without_numbers_leaves_the_others_their_colours() -> None:
@@ -141,3 +148,10 @@ def test_comparison_of_one_point_and_of_none(small: Data) -> None:
 
 def test_nothing_to_draw() -> None:
     assert (dims_figure([]), course_figure([]), curves_figure({"": {"dense": []}})) == (None, None, None)
+
+
+def test_a_budget_that_is_not_in_bytes_is_marked_where_its_largest_model_is(metrics: Data) -> None:
+    metrics["budgets"][2] = {"text": "43000 parameters", "bytes": None}
+    for cell in metrics["cells"]:
+        cell["budget"] = "43000 parameters" if cell["budget"] == "10%" else cell["budget"]
+    assert {"43000 parameters", "168.8 KiB"} <= set(texts(comparison_figure(checked(metrics))))
