@@ -33,7 +33,7 @@ def main() -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder. Default: a new one under runs/.")
 @click.option("--resume", is_flag=True, help="Go on with a run that was stopped; needs --out.")
 def run(recipe: Path, overrides: tuple[str, ...], out: Path | None, resume: bool) -> None:
-    """Train, search, rewrite, train on, evaluate and report, as RECIPE says.
+    """Run the algorithm of RECIPE and its baselines at every budget and from every seed, and say who wins.
 
     KEY=VALUE overrides a field of the recipe, such as train.epochs=3 or data.path=ml-1m.
     """
@@ -42,6 +42,7 @@ def run(recipe: Path, overrides: tuple[str, ...], out: Path | None, resume: bool
 
     from embsearch_plugin.progress import ProgressWatcher
     from embsearch_plugin.recipes import load_recipe
+    from embsearch_plugin.report.headline import headline
     from embsearch_plugin.report.text import results_table
     from embsearch_plugin.run import run as run_recipe
 
@@ -52,8 +53,9 @@ def run(recipe: Path, overrides: tuple[str, ...], out: Path | None, resume: bool
     console = Console()
     with ProgressWatcher(console) as watcher:
         metrics = run_recipe(loaded, folder, resume=resume, watcher=watcher)
+    console.print(headline(metrics), highlight=False, markup=False)
     console.print(results_table(metrics))
-    console.print(f"written to {folder}: plan.json, model.safetensors, metrics.json, report.html", highlight=False)
+    console.print(f"written to {folder}: report.html, metrics.json, and under cells/ every plan and model", highlight=False)
 
 
 def _new_folder(name: str) -> Path:

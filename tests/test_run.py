@@ -17,6 +17,7 @@ from embsearch_plugin.algorithms.uniform import Uniform
 from embsearch_plugin.cells import slug
 from embsearch_plugin.cli import main
 from embsearch_plugin.data import criteo, movielens
+from embsearch_plugin.data.dataset import Split, TabularBatches, TabularDataset
 from embsearch_plugin.data.planted import Planted
 from embsearch_plugin.errors import NonFiniteLoss
 from embsearch_plugin.evaluation import evaluate
@@ -96,6 +97,26 @@ def test_the_matrix_tunes_on_the_first_seed_and_reads_test_for_what_was_chosen(t
         assert [(cell["seed"], cell["trial"]) for cell in cells if cell["chosen"]] == [(3, best), (5, best)]
 
 
+def test_the_test_split_is_read_once_by_each_chosen_cell_when_all_training_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    batches = TabularDataset.batches
+
+    def spy(self: TabularDataset, split: Split, batch_size: int, *, seed: int | None = None) -> TabularBatches:
+        read.append(split)
+        return batches(self, split, batch_size, seed=seed)
+
+    monkeypatch.setattr(TabularDataset, "batches", spy)
+    recipe = small({"budgets": ("50%", "25%")}, {"epochs": 1}, tune=Tune(l2=(0.0, 0.1)), seeds=(0, 1))
+    metrics = run(recipe, tmp_path)
+    chosen = [cell for cell in metrics["cells"] if cell["chosen"]]
+    assert set(read[read.index("test") :]) == {"test"}
+    assert read.count("test") == len(chosen) == 2 * (1 + 3 * 2 - 1)  # a quarter of dim 8 is no uniform dim
+    run(recipe, tmp_path, resume=True)
+    assert read.count("test") == len(chosen)
+
+
 def test_methods_that_share_a_name_are_told_apart_by_their_settings() -> None:
     methods = replace(small().search, baselines=(Uniform(), Magnitude(), ITERATIVE)).methods
     assert list(methods) == ["dnis", "uniform", "magnitude", "magnitude (warm_up=0, every=2, rounds=2)"]
@@ -151,11 +172,11 @@ def models(folder: Path) -> dict[str, bytes]:
 @pytest.mark.slow
 @pytest.mark.parametrize("fused", [None, Fused("EXACT_ROWWISE_ADAGRAD", 0.05)])
 def test_a_run_killed_at_any_epoch_ends_as_if_it_had_not_been(fused: Fused | None, tmp_path: Path) -> None:
-    search = {"budgets": ("50%", "25%"), "baselines": (Uniform(), Magnitude(), ITERATIVE)}
-    recipe = small(search, {"fused": fused, "epochs": 1}, tune=Tune(l2=(0.001, 0.01)))
+    search = {"budgets": ("50%", "25%"), "baselines": (Uniform(), ITERATIVE)}
+    recipe = small(search, {"fused": fused, "epochs": 1})
     epochs = KilledAfter(10_000)
     run(recipe, tmp_path / "whole", watcher=epochs)
-    for killed in range(1, 10_000 - epochs.left + 1, 5):
+    for killed in range(1, 10_000 - epochs.left + 1, 3):
         folder = tmp_path / str(killed)
         with pytest.raises(Killed):
             run(recipe, folder, watcher=KilledAfter(killed))
@@ -196,10 +217,12 @@ def test_every_recipe_runs_in_a_small_form(recipe: Path, tmp_path: Path) -> None
     if "ml1m" in recipe.stem:
         movielens.write_sample(tmp_path / "data")
         overrides.append(f"data.path={tmp_path / 'data'}")
-    elif "criteo" in recipe.stem:
+    if "magnitude" in recipe.stem:
+        overrides.append("search.algorithm.every=5")
+    if "criteo" in recipe.stem:
         criteo.write_sample(tmp_path / "train.txt.gz", rows=3000)
         overrides += [f"data.path={tmp_path / 'train.txt.gz'}", "data.rows=500"]
-    else:
+    if recipe.stem.startswith(("demo", "planted")):
         overrides += ["data.examples=3000", "data.rows=[50]"]
     result = CliRunner().invoke(main, ["run", str(recipe), *overrides, "--out", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
