@@ -11,6 +11,7 @@ A cell that is finished has a ``cell.json``, and is never trained again. One tha
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,7 +35,7 @@ from embsearch_plugin.saving import WEIGHTS, load, save
 from embsearch_plugin.search.session import Session
 from embsearch_plugin.training import Epoch, Stage, Watcher, best_path, converge
 
-CELL, COURSE, DENSE = "cell.json", "course.json", "dense"
+CELL, CHECKPOINTS, COURSE, DENSE = "cell.json", "checkpoints", "course.json", "dense"
 REPORTED_POINTS = 400
 Row = dict[str, Any]
 
@@ -69,7 +70,10 @@ class Cells:
 
     def compact(self, method: str, budget: str) -> Row:
         """Return the cell of a method's compact model at a budget; search and train it, if that was not done."""
-        return self._recorded(self.folder / slug(method) / budget, lambda: self._compact(method, budget))
+        folder = self._compact_folder(method, budget)
+        row = self._recorded(folder, lambda: self._compact(method, budget))
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # no other cell needs them
+        return row
 
     def test(self, row: Row) -> dict[str, float | None]:
         """Return how good a finished cell's model is on the test split. Nothing else reads that split."""
@@ -89,7 +93,7 @@ class Cells:
         return self._row(DENSE, None, model, size, {DENSE: history})
 
     def _compact(self, method: str, budget: str) -> Row:
-        config, folder = self.recipe.search.methods[method], self.folder / slug(method) / budget
+        config, folder = self.recipe.search.methods[method], self._compact_folder(method, budget)
         stages: dict[str, list[Epoch]] = {}
         if config.starts_from == "dense":
             stages[DENSE] = self.dense()["stages"][DENSE]
@@ -135,8 +139,9 @@ class Cells:
         if not config.trains:
             session.step(next(iter(self.data.batches("validation", self._train.batch_size))))
             return {}
-        shared = self.folder / slug(method)
-        folder, title = (shared / budget, f"{method} {budget}") if config.searches_within_budget else (shared, method)
+        folder, title = self.folder / slug(method), method
+        if config.searches_within_budget:
+            folder, title = self._compact_folder(method, budget), f"{method} {budget}"
         course = Course()
         session.register(course)
         stage = self._stage("search", model, optimizer, folder, title, session=session, observers={"course": course})
@@ -151,6 +156,9 @@ class Cells:
     def folder(self) -> Path:
         """Where the cells of this seed and this trial are."""
         return self.root / "cells" / f"seed-{self.seed}" / f"trial-{self.number}"
+
+    def _compact_folder(self, method: str, budget: str) -> Path:
+        return self.folder / slug(method) / slug(budget)
 
     @property
     def _train(self) -> Train:
@@ -182,7 +190,7 @@ class Cells:
         )
 
     def _checkpoint(self, folder: Path, stage: str) -> Path:
-        return folder / "checkpoints" / f"{stage}.safetensors"
+        return folder / CHECKPOINTS / f"{stage}.safetensors"
 
     def _load(self, folder: Path) -> nn.Module:
         model = self._build()
@@ -224,7 +232,7 @@ class Cells:
         return self._named(method, budget) | {"status": "infeasible", "reason": reason, **nothing, "stages": {}}
 
     def _named(self, method: str, budget: str | None) -> Row:
-        folder = self.folder / (slug(method) if budget is None else f"{slug(method)}/{budget}")
+        folder = self.folder / DENSE if budget is None else self._compact_folder(method, budget)
         return {
             "method": method,
             "budget": budget,
@@ -235,8 +243,8 @@ class Cells:
 
 
 def slug(name: str) -> str:
-    """Return a method's name as a folder's."""
-    return re.sub(r"[^\w=.-]+", "-", name).strip("-")
+    """Return a method's name, or a budget, as a folder's name."""
+    return re.sub(r"[^\w=.%-]+", "-", name).strip("-")
 
 
 def fused_params(fused: Fused) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from embsearch_plugin.budget import Budget
-from embsearch_plugin.cells import CELL, COURSE, DENSE, Cells, Row, slug
+from embsearch_plugin.cells import CELL, CHECKPOINTS, COURSE, DENSE, Cells, Row, slug
 from embsearch_plugin.data.dataset import Dataset
 from embsearch_plugin.errors import RunFolderError
 from embsearch_plugin.files import write_json, write_text
@@ -64,7 +64,7 @@ def run(recipe: Recipe, folder: Path, *, resume: bool = False, watcher: Watcher 
     metrics["budgets"] = [_budget(text, metrics["original_bytes"]) for text in recipe.search.budgets]
     write_json(folder / "metrics.json", metrics)
     write_report(folder)
-    for checkpoints in folder.glob("cells/**/checkpoints"):  # every cell is finished
+    for checkpoints in folder.glob(f"cells/**/{CHECKPOINTS}"):  # every cell is finished
         shutil.rmtree(checkpoints)
     return metrics
 
@@ -100,7 +100,7 @@ class Matrix:
         """Return the recorded search steps of the recipe's algorithm: first seed, first budget, the trial chosen there."""
         method, budget = next(iter(self.recipe.search.methods)), self.recipe.search.budgets[0]
         shared = self.at(self.recipe.seeds[0], chosen[method, budget]).folder / slug(method)
-        found = [path for path in (shared / COURSE, shared / budget / COURSE) if path.exists()]
+        found = [path for path in (shared / COURSE, shared / slug(budget) / COURSE) if path.exists()]
         course: list[dict[str, float]] = json.loads(found[0].read_text(encoding="utf-8")) if found else []
         return course
 
@@ -139,7 +139,7 @@ class Matrix:
             for seed in self.recipe.seeds:
                 for trial in range(len(self.recipe.tune.trials())):
                     cells = self.at(seed, trial)
-                    if (cells.folder / slug(method) / (budget or "") / CELL).exists():
+                    if (cells.folder / slug(method) / slug(budget or "") / CELL).exists():
                         yield cells, (method, budget)
 
     def _finished(self, cells: Cells, place: Place, chosen: dict[Place, int]) -> Row:
