@@ -89,7 +89,7 @@ def test_the_oracle_finds_the_planted_ranks_and_half_of_the_bytes_are_just_enoug
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_oracle_still_finds_them_where_a_quarter_of_the_bytes_cuts_the_ranks_themselves(seed: int) -> None:
     data = planted(seed)
-    assert found(oracle(data, "25%"), data).correlation > 0.9
+    assert found(oracle(data, "25%"), data).correlation > 0.8
 
 
 @pytest.mark.slow
