@@ -9,6 +9,7 @@ from torch import Tensor
 from embsearch_plugin.budget import Budget, Option, TableOptions, allocate, human_bytes
 from embsearch_plugin.errors import BudgetError
 from embsearch_plugin.plan import SizePlan, TablePlan, fine_index_bytes, placement_bytes, remap_bytes
+from embsearch_plugin.space import SearchSpace
 
 if TYPE_CHECKING:
     from embsearch_plugin.search.session import Session
@@ -17,35 +18,57 @@ if TYPE_CHECKING:
 
 def prune_pairs(session: "Session", budget: Budget | None, threshold: float) -> SizePlan:
     """Choose a dim per row block: the most energy within the budget, or every pair above the threshold."""
-    tables = _pairs_of(session)
-    chosen = [pairs.above(threshold) for pairs in tables] if budget is None else _largest(session, tables, budget)
-    plans = [pairs.plan(dims) for pairs, dims in zip(tables, chosen, strict=True)]
-    return SizePlan(tuple(plans), session.space.align)
+    energies = _energies(session)
+    if budget is not None:
+        return best_pairs(session.tables, energies, budget, session.space)
+    tables = _pairs_of(session.tables, energies, session.space)
+    return SizePlan(tuple(pairs.plan(pairs.above(threshold)) for pairs in tables), session.space.align)
+
+
+def best_pairs(tables: Sequence["SearchTable"], energies: Sequence[Tensor], budget: Budget, space: SearchSpace) -> SizePlan:
+    """Return the plan that keeps the most energy within the budget.
+
+    Args:
+        tables: the tables, and how their rows are cut.
+        energies: what each (block, column) pair of a table is worth, per table (S, D).
+        budget: the ceiling; what adds no energy is not bought.
+        space: the candidate dims.
+
+    Raises:
+        BudgetError: where no plan fits.
+    """
+    candidates = _pairs_of(tables, energies, space)
+    chosen = _largest(candidates, budget)
+    return SizePlan(tuple(pairs.plan(dims) for pairs, dims in zip(candidates, chosen, strict=True)), space.align)
 
 
 def kept_pairs(session: "Session", budget: Budget) -> list[Tensor]:
     """Return which pairs :func:`prune_pairs` would keep within ``budget``: per table (S, D), one or zero."""
-    tables = _pairs_of(session)
-    chosen = _largest(session, tables, budget)
-    return [pairs.mask(dims).to(g.device) for pairs, dims, g in zip(tables, chosen, session.gates, strict=True)]
+    candidates = _pairs_of(session.tables, _energies(session), session.space)
+    chosen = _largest(candidates, budget)
+    return [pairs.mask(dims).to(g.device) for pairs, dims, g in zip(candidates, chosen, session.gates, strict=True)]
 
 
-def _pairs_of(session: "Session") -> list["_Pairs"]:
-    return [_Pairs(table, session.block_energy(index), session) for index, table in enumerate(session.tables)]
+def _energies(session: "Session") -> list[Tensor]:
+    return [session.block_energy(index) for index in range(len(session.tables))]
 
 
-def _largest(session: "Session", tables: Sequence["_Pairs"], budget: Budget) -> list[tuple[int, ...]]:
+def _pairs_of(tables: Sequence["SearchTable"], energies: Sequence[Tensor], space: SearchSpace) -> list["_Pairs"]:
+    return [_Pairs(table, energy, space) for table, energy in zip(tables, energies, strict=True)]
+
+
+def _largest(candidates: Sequence["_Pairs"], budget: Budget) -> list[tuple[int, ...]]:
     """Allocate dims, per table one for all blocks or one for each, that keep the most energy within the budget."""
-    options = [pairs.options(budget.unit) for pairs in tables]
-    return allocate(options, budget.limit(session.original_bytes), budget.unit)
+    limit = budget.limit(sum(pairs.table.spec.size_bytes for pairs in candidates))
+    return allocate([pairs.options(budget.unit) for pairs in candidates], limit, budget.unit)
 
 
 class _Pairs:
     """The (block, column) pairs of one table: their energies, and the order in which its columns are kept."""
 
-    def __init__(self, table: "SearchTable", energy: Tensor, session: "Session") -> None:
+    def __init__(self, table: "SearchTable", energy: Tensor, space: SearchSpace) -> None:
         self.table = table
-        self.dims = session.space.dims(table.spec.dim)
+        self.dims = space.dims(table.spec.dim)
         self.order = torch.argsort(energy.sum(0), descending=True, stable=True)
         self.energy = energy[:, self.order]  # (S, D)
 

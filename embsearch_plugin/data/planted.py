@@ -16,6 +16,9 @@ nested: direction k is shared by all fields whose rank is above k. This makes th
 * Equal energy. Each u_f has mean zero and uncorrelated entries over the ids as they occur, so no field has an effect of
   its own. Direction k of m_k fields is scaled by (m_k - 1) ** -1/4, which gives the part of the logit where field f
   meets the others along k the same variance for every f and k: a field of rank 8 has 8 directions worth keeping.
+
+``PlantedDataset.oracle_plan`` turns the truth into the size plan that a search should find. To ask whether a search finds
+it, the ranks must differ, need about as many bytes as the budget, and be learnable (see ``recipes/planted_dlrm_dnis.yaml``).
 """
 
 from collections.abc import Sequence
@@ -29,8 +32,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from embsearch_plugin.algorithms.pruning import best_pairs
+from embsearch_plugin.budget import Budget
+from embsearch_plugin.collection import Table
 from embsearch_plugin.data.dataset import Field, Schema, Split, TabularDataset, random_split
 from embsearch_plugin.errors import DataError
+from embsearch_plugin.plan import SizePlan
+from embsearch_plugin.search.tables import SearchTable
+from embsearch_plugin.space import SearchSpace, cut_tables
 
 Floats = NDArray[np.float64]
 
@@ -61,6 +70,35 @@ class PlantedDataset(TabularDataset):
         self.logits = interactions(latents, ids) + dense.double() @ dense_weights
         labels = (chance < self.logits.sigmoid()).float()
         super().__init__(_schema(latents, dense.shape[1]), dense, ids, labels, splits)
+
+    def oracle_plan(self, tables: Sequence[Table], budget: Budget, space: SearchSpace) -> SizePlan:
+        """Return the plan that a search should find: the best within the budget, from the latents alone.
+
+        Rows are ranked and cut by how often their ids occur. A pair of a row block and a column k of field f is worth the
+        variance of the logit that is lost with it, where p(i) is the share of the examples that have id i:
+
+            sum over i in the block of p(i) * u_fk(i)^2, times the sum over g other than f of Var(u_gk)
+
+        A column beyond a field's rank is worth nothing, so it is not kept, whatever is left of the budget.
+
+        Args:
+            tables: one for each field, in the fields' order, as ``session.specs``.
+            budget: the ceiling.
+            space: how tables are cut.
+
+        Raises:
+            DataError: where the tables are not the fields', or narrower than the largest rank.
+            BudgetError: where no plan fits.
+        """
+        _check_tables(tables, self.ranks)
+        counts = [torch.bincount(column, minlength=len(u)) for column, u in zip(self.ids.t(), self.latents, strict=True)]
+        searched = [SearchTable(t, blocks) for t, blocks in zip(tables, cut_tables(counts, space), strict=True)]
+        worths = _worths(self.latents, [count / len(self.ids) for count in counts], width=max(table.dim for table in tables))
+        energies = [
+            torch.stack([worth[t.blocks.rows_of(block).long(), : t.spec.dim].sum(0) for block in range(len(t.blocks.sizes))])
+            for t, worth in zip(searched, worths, strict=True)
+        ]
+        return best_pairs(searched, energies, budget, space)
 
 
 @dataclass(frozen=True)
@@ -125,6 +163,16 @@ def _pair_sum(tables: Sequence[Tensor], ids: Tensor) -> Tensor:
     return (total.square().sum(1) - squares) / 2
 
 
+def _worths(latents: Sequence[Tensor], shares: Sequence[Tensor], width: int) -> list[Tensor]:
+    """Return, per field, the variance of the logit that rests on each row and column, (rows, width)."""
+    variances = [
+        F.pad(share[:, None] * latent.square(), (0, width - latent.shape[1]))
+        for share, latent in zip(shares, latents, strict=True)
+    ]
+    total = torch.stack([variance.sum(0) for variance in variances]).sum(0)
+    return [variance * (total - variance.sum(0)) for variance in variances]
+
+
 def _zipf(rows: int, exponent: float, rng: np.random.Generator) -> Floats:
     """Return the probability of each id; which ids are frequent is left to chance, as in a real log."""
     weights = np.arange(1, rows + 1) ** -exponent
@@ -164,4 +212,15 @@ def _check(rows: Sequence[int], ranks: Sequence[int]) -> None:
         raise DataError(
             f"the largest rank must be given to at least two fields, got {largest} once in {tuple(ranks)}: its last "
             "directions would interact with nothing. Try: more fields, or a smaller largest rank."
+        )
+
+
+def _check_tables(tables: Sequence[Table], ranks: Sequence[int]) -> None:
+    if len(tables) != len(ranks):
+        raise DataError(f"there must be one table for each of the {len(ranks)} fields, got {len(tables)}. Try: session.specs.")
+    narrowest = min(table.dim for table in tables)
+    if narrowest < max(ranks):
+        raise DataError(
+            f"tables must be at least as wide as the largest rank, got {narrowest} and {max(ranks)}: the truth would not fit. "
+            "Try: a larger embedding_dim."
         )

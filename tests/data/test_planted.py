@@ -9,8 +9,11 @@ from scipy.stats import rankdata
 from torch import Tensor
 from torchrec.datasets.utils import Batch
 
-from embsearch_plugin.data.planted import DENSE_SHARE, Planted, PlantedDataset, interactions
+from embsearch_plugin.budget import Budget
+from embsearch_plugin.collection import Table
+from embsearch_plugin.data.planted import DENSE_SHARE, Planted, PlantedDataset, _worths, interactions
 from embsearch_plugin.errors import DataError
+from embsearch_plugin.space import SearchSpace
 
 
 def auc(labels: Tensor, scores: Tensor) -> float:
@@ -182,3 +185,54 @@ def test_the_planted_ranks_are_the_dims_that_are_needed() -> None:
     assert best > learnt_auc(data, [4] * 8)
     for rank in (1, 2, 4):
         assert best > learnt_auc(data, [dim - (dim == rank) for dim in data.ranks]) + 0.02
+
+
+def specs(data: PlantedDataset, dim: int) -> list[Table]:
+    return [Table("", field.name, field.rows, dim, torch.float32, (field.name,)) for field in data.schema.fields]
+
+
+def lost_variance(data: PlantedDataset, field: int, rows: Sequence[int], column: int) -> float:
+    """The variance of what a logit loses when some rows of a field's column become zero."""
+    cut = [latent.clone() for latent in data.latents]
+    cut[field][rows, column] = 0
+    return float((interactions(data.latents, data.ids) - interactions(cut, data.ids)).var())
+
+
+def test_the_oracle_values_a_pair_by_the_variance_of_the_logit_that_it_carries() -> None:
+    data = Planted(examples=100_000, fields=4, rows=(12,), ranks=(0, 2, 4, 4)).load()
+    shares = [torch.bincount(column, minlength=12) / len(data.ids) for column in data.ids.t()]
+    worths = _worths(data.latents, shares, width=6)
+    assert [worth.shape for worth in worths] == [(12, 6)] * 4
+    for field, rank in enumerate(data.ranks):
+        assert not worths[field][:, rank:].any()
+        for column in range(rank):
+            expected = lost_variance(data, field, range(12), column)
+            assert float(worths[field][:, column].sum()) == pytest.approx(expected, rel=0.05)
+    expected = lost_variance(data, 2, [3, 7], 1)
+    assert float(worths[2][[3, 7], 1].sum()) == pytest.approx(expected, rel=0.1)
+
+
+def test_an_oracle_with_enough_bytes_keeps_the_ranks_and_no_more() -> None:
+    data = Planted(examples=20_000, rows=(20,), ranks=(0, 1, 2, 4), fields=8).load()
+    plan = data.oracle_plan(specs(data, 8), Budget.of("100%"), SearchSpace(align=1, column_chunks=8))
+    assert tuple(table.width for table in plan.tables) == data.ranks
+    assert plan.n_params == 20 * sum(data.ranks)
+
+
+def test_an_oracle_with_fewer_bytes_keeps_the_frequent_rows() -> None:
+    data = Planted(examples=20_000, fields=6, rows=(200,), ranks=(0, 4)).load()
+    plan = data.oracle_plan(specs(data, 4), Budget.of("40%"), SearchSpace(row_blocks=2))
+    assert plan.size_bytes <= 0.4 * plan.original_bytes
+    assert any(table.order is not None for table in plan.tables)
+    for table, ids in zip(plan.tables, data.ids.t(), strict=True):
+        if table.order is not None:
+            most = torch.bincount(ids, minlength=200).argsort(descending=True, stable=True)
+            assert torch.equal(table.order.long(), most[:100])
+
+
+def test_an_oracle_needs_room_for_the_largest_rank() -> None:
+    data = Planted(examples=100, fields=2, rows=(9,), ranks=(4,)).load()
+    with pytest.raises(DataError, match="at least as wide as the largest rank, got 3 and 4"):
+        data.oracle_plan(specs(data, 3), Budget.of("100%"), SearchSpace(align=1))
+    with pytest.raises(DataError, match="one table for each of the 2 fields, got 1"):
+        data.oracle_plan(specs(data, 4)[:1], Budget.of("100%"), SearchSpace())
