@@ -22,7 +22,7 @@ from embsearch_plugin.compact.fine import FineTable, FixedIndex
 from embsearch_plugin.fused import FusedEmbeddingBags
 from embsearch_plugin.plan import Chunk, TablePlan
 from embsearch_plugin.randomness import private_random
-from embsearch_plugin.supernet.bags import bags_of, check_ids, columns_of, rows_at
+from embsearch_plugin.supernet.bags import check_ids, columns_of, ordered, rows_at
 from embsearch_plugin.supernet.slots import Slot, slots_of
 
 
@@ -125,7 +125,7 @@ class CompactEmbeddingBagCollection(EmbeddingBagCollectionInterface):
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Look up and pool: (B, sum of dims), keyed as the original."""
-        bags = bags_of(features, self._features)
+        bags = ordered(features, self._features).to_dict()
         pooled = self._pooled_chunks(bags)
         columns = [self._columns_of(i, slot, bags[slot.feature], pooled) for i, slot in enumerate(self._slots)]
         return KeyedTensor([s.key for s in self._slots], [s.dim for s in self._slots], torch.cat(columns, dim=1))
