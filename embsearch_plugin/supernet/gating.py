@@ -4,6 +4,7 @@ A step's time on a CPU is largely the time to touch new memory, so what is as la
 made again in the backward rather than kept.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,15 +12,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def gate_rows(pooled: Tensor, table: Tensor, rows: Tensor) -> Tensor:
+def gate_rows(pooled: Sequence[Tensor], table: Tensor, rows: Tensor) -> Tensor:
     """Return pooled * table[rows], (B, sum of dims).
 
     Args:
-        pooled: (B, sum of dims).
+        pooled: (B, sum of dims) in one or more runs of columns.
         table: (R, width), float32.
-        rows: (B x sum of dims / width,), the row of the table for each piece of ``pooled``, example by example.
+        rows: (B, sum of dims / width), the row of the table for each piece of ``pooled``.
     """
-    gated: Tensor = _GatedRows.apply(pooled, table, rows)
+    gated: Tensor = _GatedRows.apply(table, rows, *pooled)
     return gated
 
 
@@ -37,22 +38,29 @@ def gate_cells(pooled: Tensor, gates: Tensor, *, overwrite: bool) -> Tensor:
 
 class _GatedRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, pooled: Tensor, table: Tensor, rows: Tensor) -> Tensor:
-        ctx.save_for_backward(pooled if ctx.needs_input_grad[1] else None, table, rows)
-        ctx.dtype = pooled.dtype
-        return _times(table.index_select(0, rows).view(pooled.shape), pooled)
+    def forward(ctx: Any, table: Tensor, rows: Tensor, *pooled: Tensor) -> Tensor:
+        ctx.save_for_backward(table, rows, *(pooled if ctx.needs_input_grad[0] else ()))
+        ctx.runs = [(run.shape[1], run.dtype) for run in pooled]
+        output = _gathered(table, rows, torch.promote_types(table.dtype, pooled[0].dtype))
+        for part, run in zip(output.split([run.shape[1] for run in pooled], dim=1), pooled, strict=True):
+            part.mul_(run)
+        return output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        pooled, table, rows = ctx.saved_tensors
-        of_pooled = of_table = None
-        if ctx.needs_input_grad[0]:
-            of_pooled = _times(table.index_select(0, rows).view(gradient.shape), gradient).to(ctx.dtype)
-        if pooled is not None:
-            products = (pooled * gradient).view(-1, table.shape[1])
-            of_table = torch.zeros_like(table).index_add_(0, rows, products.to(table.dtype))
-        return of_pooled, of_table, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        table, rows, *pooled = ctx.saved_tensors
+        of_table = torch.zeros_like(table) if pooled else None
+        of_pooled: list[Tensor | None] = []
+        widths = [width for width, _ in ctx.runs]
+        by_run = zip(gradient.split(widths, 1), rows.split([w // table.shape[1] for w in widths], 1), strict=True)
+        for number, (part, places) in enumerate(by_run):
+            if of_table is not None:
+                products = (pooled[number] * part).view(-1, table.shape[1])
+                of_table.index_add_(0, places.flatten(), products.to(table.dtype))
+            wanted = ctx.needs_input_grad[2 + number]
+            of_pooled.append(_gathered(table, places, part.dtype).mul_(part).to(ctx.runs[number][1]) if wanted else None)
+        return of_table, None, *of_pooled
 
 
 class _GatedCells(torch.autograd.Function):
@@ -79,6 +87,6 @@ class _GatedCells(torch.autograd.Function):
         return of_pooled, of_gates, None
 
 
-def _times(fresh: Tensor, other: Tensor) -> Tensor:
-    """Return the product, in the memory of ``fresh`` where its type holds it."""
-    return fresh.mul_(other) if torch.promote_types(fresh.dtype, other.dtype) == fresh.dtype else fresh * other
+def _gathered(table: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return table[rows] as (B, sum of dims)."""
+    return table.index_select(0, rows.flatten()).view(rows.shape[0], -1).to(dtype)

@@ -9,6 +9,7 @@ longer bag is split by row block first, so that every part of it has one gate ro
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from math import gcd, prod
 from typing import Any
 
@@ -25,10 +26,23 @@ from embsearch_plugin.autocast import Autocast
 from embsearch_plugin.collection import Table
 from embsearch_plugin.fused import FusedEmbeddingBags, requested
 from embsearch_plugin.space import RowBlocks
-from embsearch_plugin.supernet.bags import check_ids, columns_of, has_long_bags, ids_of, one_per_bag, ordered, rows_at, split_by_cell
+from embsearch_plugin.supernet.bags import (
+    SplitBags,
+    check_ids,
+    columns_of,
+    has_long_bags,
+    ids_of,
+    one_per_bag,
+    ordered,
+    rows_at,
+    split_by_cell,
+)
 from embsearch_plugin.supernet.gating import gate_cells, gate_rows
 from embsearch_plugin.supernet.slots import Slot, slots_of
 from embsearch_plugin.supernet.virtual import VirtualRows
+
+# Of long bags each kernel's output is S times as large as the collection's; smaller ones can take each other's memory.
+KERNEL_COLUMNS = 256
 
 
 class TooSmallBatch(Exception):
@@ -129,7 +143,7 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         if isinstance(self.inner, EmbeddingBagCollection):
             params = requested(self.inner, self.fused_params)
             if params is not None:
-                self.inner = FusedEmbeddingBags(self.inner, params)
+                self.inner = FusedEmbeddingBags(self.inner, params, kernel_columns=KERNEL_COLUMNS, ids_checked=True)
 
     def table_weight(self, table: int) -> nn.Parameter:
         """Return a table's weights, (V, D), where whole tables are on this process."""
@@ -186,17 +200,26 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             return self._output(self._pool_split(features))
         assert self._pieces is not None
         rows = self._gate_rows(features)  # before the lookup: it finds ids without a row, which fused kernels overwrite
-        return self._output(gate_rows(self._looked_up(features), self._pieces.table(self._current()), rows))
+        pooled = [look_up() for _, look_up in self._lookups(features)]
+        return self._output(gate_rows(pooled, self._pieces.table(self._current()), rows))
 
     def _output(self, values: Tensor) -> KeyedTensor:
         return KeyedTensor([s.key for s in self.slots], [s.dim for s in self.slots], values)
 
-    def _looked_up(self, features: KeyedJaggedTensor) -> Tensor:
-        """Pool without gates: (B, sum of dims), in slot order whatever order the inner collection answers in."""
-        if self._candidates is not None:
-            with torch.no_grad(), _steps_kept(self.inner):
-                return self._in_order(self.inner(features))
-        return self._in_order(self.inner(features))
+    def _lookups(self, features: KeyedJaggedTensor) -> list[tuple[Sequence[Slot], Callable[[], Tensor]]]:
+        """Return runs of slots, one after the other, and what pools their rows without gates: (B, sum of their dims)."""
+        if isinstance(self.inner, FusedEmbeddingBags) and self.inner.kernels_in_order:
+            runs = self.inner.lookups(features)
+        else:
+            runs = [(self.slots, lambda: self._in_order(self.inner(features)))]
+        return [(slots, partial(self._without_trace, look_up)) for slots, look_up in runs]
+
+    def _without_trace(self, look_up: Callable[[], Tensor]) -> Tensor:
+        """Look up; in a search step so that no backward reaches a table, and no kernel takes it for a step."""
+        if self._candidates is None:
+            return look_up()
+        with torch.no_grad(), _steps_kept(self.inner):
+            return look_up()
 
     def _in_order(self, pooled: KeyedTensor) -> Tensor:
         if pooled.keys() == [slot.key for slot in self.slots]:
@@ -212,7 +235,7 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         return rows_at(self._blocks[slot.table], ids, self.tables[slot.table].name, slot.feature)
 
     def _gate_rows(self, features: KeyedJaggedTensor) -> Tensor:
-        """Return which row of the pieces' table gates each piece of the output, for bags of at most one id."""
+        """Return the row of the pieces' table that gates each piece of the output, for bags of at most one id."""
         ids, lengths = ids_of(features), features.lengths().view(len(self._features), -1)
         of_feature = dict(zip(self._features, lengths, strict=True))
         blocks = [one_per_bag(of_feature[s.feature], self._blocks_of(s, ids[s.feature])) for s in self.slots]
@@ -223,11 +246,18 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         """Pool bags of any length, block by block: (B, sum of dims)."""
         cells, digits, size = self._cells(ids_of(features))
         split = split_by_cell(features, cells, size)
-        pooled = self._looked_up(split.features).view(size, -1, sum(s.dim for s in self.slots))
-        if any(slot.mean for slot in self.slots):
-            pooled = pooled * self._mean_shares(dict(zip(self._features, split.share, strict=True)))
+        return torch.cat(
+            [self._gated_run(slots, look_up(), split, digits) for slots, look_up in self._lookups(split.features)], 1
+        )
+
+    def _gated_run(self, slots: Sequence[Slot], pooled: Tensor, split: SplitBags, digits: Mapping[Slot, Tensor]) -> Tensor:
+        """Gate and add up what is pooled per cell, (S x B, sum of the slots' dims)."""
+        pooled = pooled.view(split.counts.shape[1], -1, pooled.shape[1])
+        if any(slot.mean for slot in slots):
+            shares = dict(zip(self._features, split.share, strict=True))
+            pooled = pooled * _mean_shares(slots, shares)
         gates = self._current()
-        rows = torch.cat([gates[slot.table].index_select(0, digits[slot]) for slot in self.slots], dim=1)
+        rows = torch.cat([gates[slot.table].index_select(0, digits[slot]) for slot in slots], dim=1)
         return gate_cells(pooled, rows, overwrite=isinstance(self.inner, FusedEmbeddingBags))
 
     def _cells(self, ids: Mapping[str, Tensor]) -> tuple[list[Tensor], dict[Slot, Tensor], int]:
@@ -246,19 +276,6 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
                 base *= blocks[slot]
             cells.append(cell)
         return cells, digits, size
-
-    def _mean_shares(self, shares: Mapping[str, Tensor]) -> Tensor:
-        """Per cell, bag and column: the factor that makes a mean over the cell's ids a part of the mean over the bag.
-
-        Args:
-            shares: per feature (S, B).
-
-        Returns:
-            (S, B, sum of dims); one where a table is summed.
-        """
-        columns = [shares[slot.feature] if slot.mean else torch.ones_like(shares[slot.feature]) for slot in self.slots]
-        repeats = torch.tensor([slot.dim for slot in self.slots], device=columns[0].device)
-        return torch.stack(columns, dim=-1).repeat_interleave(repeats, dim=-1)
 
     def _pool_virtual(self, features: KeyedJaggedTensor, rows: VirtualRows, gates: Sequence[Tensor]) -> Tensor:
         pooled, bags = [], features.to_dict()
@@ -280,6 +297,20 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         for slot in self.slots:
             count = counts[slot.table] = counts[slot.table].to(ids[slot.feature].device)
             count.index_add_(0, ids[slot.feature], torch.ones_like(ids[slot.feature], dtype=count.dtype))
+
+
+def _mean_shares(slots: Sequence[Slot], shares: Mapping[str, Tensor]) -> Tensor:
+    """Per cell, bag and column: the factor that makes a mean over the cell's ids a part of the mean over the bag.
+
+    Args:
+        shares: per feature (S, B).
+
+    Returns:
+        (S, B, sum of dims); one where a table is summed.
+    """
+    columns = [shares[slot.feature] if slot.mean else torch.ones_like(shares[slot.feature]) for slot in slots]
+    repeats = torch.tensor([slot.dim for slot in slots], device=columns[0].device)
+    return torch.stack(columns, dim=-1).repeat_interleave(repeats, dim=-1)
 
 
 @contextmanager
@@ -330,12 +361,12 @@ class _Pieces:
         return torch.cat([gate.reshape(-1, self.width) for gate in gates])
 
     def rows(self, blocks: Tensor) -> Tensor:
-        """Return the row of each piece of the output, example by example, for the blocks of each slot, (slots, B)."""
+        """Return the row of each piece of the output, (B, pieces), for the blocks of each slot, (slots, B)."""
         device = blocks.device
         rows = blocks.long()
         if len(self._slot) != rows.shape[0]:
             rows = rows.index_select(0, self._slot.to(device))
-        return (rows * self._step.to(device) + self._start.to(device)).t().reshape(-1)
+        return (rows * self._step.to(device) + self._start.to(device)).t()
 
 
 def _hide_inner(module: nn.Module, state: dict[str, Any], prefix: str, _: object) -> None:
