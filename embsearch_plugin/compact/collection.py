@@ -24,7 +24,7 @@ from embsearch_plugin.compact.fine import FineTable, FixedIndex
 from embsearch_plugin.fused import FusedEmbeddingBags
 from embsearch_plugin.plan import Chunk, TablePlan
 from embsearch_plugin.randomness import private_random
-from embsearch_plugin.supernet.bags import check_ids, has_long_bags, ids_of, ordered, rows_at
+from embsearch_plugin.supernet.bags import check_ids, ids_of, ordered, rows_at
 from embsearch_plugin.supernet.slots import Slot, slots_of
 
 
@@ -168,15 +168,14 @@ class CompactEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         places = [self._places_of(slot, ids[slot.feature]) for slot in self._slots]
         weights = features.weights().split(features.length_per_key()) if self._weighted else None
         of_feature = dict(zip(self._features, weights, strict=True)) if weights is not None else {}
-        one_each = features.values().numel() == features.lengths().numel() and not has_long_bags(features)
         held = []
         for part in self._parts:
             feature, limit = self._slots[part.slot].feature, part.chunk.rows
             bag = places[part.slot], lengths[feature], of_feature.get(feature)
-            held.append(bag if limit == self._rows(part) else _held(*bag, limit, one_each))
+            held.append(bag if limit == self._rows(part) else _held(*bag, limit))
         return KeyedJaggedTensor(
             keys=[str(number) for number in range(len(held))],
-            values=torch.cat([values for values, _, _ in held]).to(features.values().dtype),
+            values=torch.cat([values for values, _, _ in held]),
             lengths=torch.cat([kept for _, kept, _ in held]),
             weights=torch.cat([w for _, _, w in held if w is not None]) if self._weighted else None,
             stride=features.stride(),
@@ -208,15 +207,13 @@ class CompactEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         config = self._configs[slot.table]
         remap = self._index(slot).remap
         if remap is not None:
-            return rows_at(remap, ids, config.name, slot.feature)
+            return rows_at(remap, ids, config.name, slot.feature).to(ids.dtype)
         if str(slot.table) not in self.fine:
             check_ids(config.name, slot.feature, config.num_embeddings, ids)
         return ids
 
 
-def _held(
-    places: Tensor, lengths: Tensor, weights: Tensor | None, limit: int, one_each: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _held(places: Tensor, lengths: Tensor, weights: Tensor | None, limit: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """Leave out the ids whose place is not below ``limit``; return the rest's places, lengths and weights.
 
     Args:
@@ -224,17 +221,10 @@ def _held(
         lengths: (B,).
         weights: (n,), where ids have weights.
         limit: the rows that a chunk holds.
-        one_each: whether every bag holds one id.
     """
     keep = places < limit
-    which = keep.nonzero().flatten()
-    if one_each:
-        kept = keep.to(lengths.dtype)
-    else:
-        running = torch.nn.functional.pad(keep.cumsum(0), (1, 0))
-        ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-        kept = running.index_select(0, ends).diff().to(lengths.dtype)
-    return places.index_select(0, which), kept, None if weights is None else weights.index_select(0, which)
+    held, kept = torch.ops.fbgemm.masked_select_jagged_1d(places, lengths, keep)
+    return held, kept, None if weights is None else weights.masked_select(keep)
 
 
 def chunk_name(table: str, chunk: int) -> str:

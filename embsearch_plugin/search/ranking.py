@@ -58,7 +58,8 @@ class Ranking:
 
     def _counted(self) -> list[Tensor]:
         counts = [count for supernet in self._tables.supernets for count in supernet.counts or []]
-        totals = [distributed.total(count.long()).cpu() for count in counts]
+        alone = distributed.world_size() == 1  # then counts stay int32: in int64, all of them together are not small
+        totals = [count.cpu().clone() if alone else distributed.total(count.long()).cpu() for count in counts]
         if not any(bool(count.any()) for count in totals):
             raise SessionError(
                 "rows cannot be ranked: no id was counted yet.\n  Possible solutions: 1) take some training steps before "
