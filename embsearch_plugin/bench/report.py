@@ -98,7 +98,7 @@ def _head(found: dict[str, Any]) -> str:
 
 
 def _times(rows: list[dict[str, Any]]) -> Table:
-    table = _table("Times, taken in turn", "what", "baseline", "ids per bag", "ms", "baseline ms", "ratio", "target")
+    table = _table("Times, taken in turn", "what", "baseline", "ids/bag", "ms", "baseline", "ratio", "target")
     for _, group in groupby(rows, key=lambda row: (row["bag"], row["baseline"])):
         for row in group:
             entry = Row(**{key: value for key, value in row.items() if key != "ratio"})
@@ -119,7 +119,7 @@ def _bytes(forms: dict[str, dict[str, int]]) -> Table:
 
 
 def _peaks(peaks: dict[str, dict[str, int]]) -> Table:
-    table = _table("Peak memory of training", "ids per bag", "plain", "with a search", "ratio", "target")
+    table = _table("Peak memory of training", "ids/bag", "plain", "with a search", "ratio", "target")
     for bag, peak in peaks.items():
         ratio = f"{peak['search'] / peak['plain']:.2f}"
         table.add_row(bag, human_bytes(peak["plain"]), human_bytes(peak["search"]), ratio, f"<= {MEMORY_TARGET}")
@@ -137,6 +137,6 @@ def _rows(sweep: dict[str, dict[str, float]]) -> Table:
 def _table(title: str, first: str, *columns: str) -> Table:
     table = Table(title=f"\n{title}", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column(first, no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="left" if column == "baseline" else "right", no_wrap=column == "baseline")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if (number, column) == (0, "baseline") else "right", no_wrap=True)
     return table
