@@ -109,7 +109,7 @@ def bench(rows: int, batch: int, repeats: int, threads: int, sweep: str, file: P
     from embsearch_plugin.files import write_json
 
     torch.set_num_threads(threads)
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else 140)
     with console.status("") as status:
         numbers = tuple(int(number) for number in sweep.split(",") if number)
         found = measure(Workload(rows=rows, batch=batch), repeats, numbers, status.update)
