@@ -10,7 +10,7 @@ STAMP := $(VENV)/set-up-complete
 UNFINISHED := $(VENV)/set-up-unfinished
 REQUIREMENTS := pyproject.toml requirements/cpu.txt requirements/fbgemm-gpu-on-cpu/pyproject.toml
 
-.PHONY: help setup demo test lint types check clean
+.PHONY: help setup demo test bench lint types check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -22,6 +22,9 @@ demo: $(STAMP) ## search, compact and report on generated data: make demo ARGS="
 
 test: $(STAMP) ## run the tests: make test ARGS="-x tests/test_stack.py"
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(STAMP) ## what a search costs: make bench ARGS="--rows 1000000"
+	$(BIN)/embsearch bench $(ARGS)
 
 lint: $(STAMP) ## style and formatting
 	$(BIN)/ruff check .

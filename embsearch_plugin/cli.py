@@ -105,19 +105,27 @@ def report(folder: Path, markdown: bool) -> None:
 @click.option("--batch", default=4096, show_default=True, help="Examples per step.")
 @click.option("--repeats", default=12, show_default=True, help="Steps of each kind; the median counts.")
 @click.option("--threads", default=1, show_default=True, help="Threads of torch.")
-def bench(rows: int, batch: int, repeats: int, threads: int) -> None:
-    """Measure what a search and a compact model cost, as ratios to the plain DLRM's training step. Takes a minute."""
+@click.option("--sweep", default="10000,100000,1000000", show_default=True, help="Rows per table to compare.")
+@click.option("--json", "file", type=click.Path(path_type=Path), help="Write all numbers to this file, too.")
+def bench(rows: int, batch: int, repeats: int, threads: int, sweep: str, file: Path | None) -> None:
+    """Measure what a search and a compact model cost, beside plain training on the same kernels. Takes some minutes."""
     stack.require()
     import torch
+    from rich.console import Console
 
-    from embsearch_plugin.bench import Bench, ratios
+    from embsearch_plugin.bench.report import run as measure
+    from embsearch_plugin.bench.report import show
+    from embsearch_plugin.bench.workload import Workload
+    from embsearch_plugin.files import write_json
 
     torch.set_num_threads(threads)
-    measured = Bench(rows=rows, batch=batch, repeats=repeats)
-    click.echo(f"DLRM, 26 tables of {rows:,} x 32, fused row-wise Adagrad, batch {batch}, {threads} threads; plain step = 1")
-    for bag in (1, 10):
-        found = ratios(measured, bag)
-        click.echo(f"bags of {bag:<3}" + "".join(f"  {kind} {ratio:.2f}" for kind, ratio in found.items()))
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    with console.status("") as status:
+        numbers = tuple(int(number) for number in sweep.split(",") if number)
+        found = measure(Workload(rows=rows, batch=batch), repeats, numbers, status.update)
+    show(found, console)
+    if file:
+        write_json(file, found)
 
 
 @main.command("list")

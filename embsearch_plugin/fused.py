@@ -1,12 +1,14 @@
 """Tables on FBGEMM's table-batched embeddings (TBE), on one device, with the optimizer fused into the backward."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
 from fbgemm_gpu.split_embedding_configs import SparseType
-from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, EmbeddingLocation, PoolingMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor, nn
 from torchrec.distributed.utils import optimizer_type_to_emb_opt_type
@@ -16,13 +18,13 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from embsearch_plugin.errors import SessionError
 from embsearch_plugin.optimizers import Slice
-from embsearch_plugin.supernet.slots import slots_of
+from embsearch_plugin.supernet.slots import Slot, slots_of
 
 _POOLING = {PoolingType.SUM: PoolingMode.SUM, PoolingType.MEAN: PoolingMode.MEAN}
 
 
 class FusedEmbeddingBags(EmbeddingBagCollectionInterface):
-    """A plain collection whose lookups and updates run on TBE kernels, one per pooling and precision.
+    """A plain collection whose lookups and updates run on TBE kernels, one or more per pooling and precision.
 
     The collection's Parameter objects stay, as views of the kernels' memory; they get no gradient, since the kernels
     update them in the backward.
@@ -30,9 +32,18 @@ class FusedEmbeddingBags(EmbeddingBagCollectionInterface):
     Args:
         plain: the collection; its parameters are moved into the kernels.
         fused_params: TorchRec's: ``optimizer``, ``learning_rate`` and what else the kernel takes.
+        kernel_columns: the most columns that one kernel looks up, where it holds several tables; ``None`` for any number.
+        ids_checked: whether the caller has made sure that every id has a row, so that the kernels need not.
     """
 
-    def __init__(self, plain: EmbeddingBagCollection, fused_params: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        plain: EmbeddingBagCollection,
+        fused_params: Mapping[str, Any],
+        *,
+        kernel_columns: int | None = None,
+        ids_checked: bool = False,
+    ) -> None:
         super().__init__()
         frozen = [name for name, parameter in plain.named_parameters() if not parameter.requires_grad]
         if frozen:
@@ -41,15 +52,26 @@ class FusedEmbeddingBags(EmbeddingBagCollectionInterface):
                 "  Possible solutions: 1) put frozen tables into a collection of their own  2) train without fused=."
             )
         self.fused_params = dict(fused_params)
+        self.kernel_params = {"bounds_check_mode": BoundsCheckMode.NONE} if ids_checked else {}
         self.embedding_bags = plain.embedding_bags
         self._configs = plain.embedding_bag_configs()
         self._weighted = plain.is_weighted()
         self._slots = slots_of(self._configs)
-        groups: dict[tuple[PoolingType, torch.dtype], list[int]] = {}
-        for index, config in enumerate(self._configs):
-            groups.setdefault((config.pooling, self._weight(index).dtype), []).append(index)
         # Not registered as modules: their memory is that of the parameters above, and must be listed and saved once.
-        self._groups = [_Group(self, tables) for tables in groups.values()]
+        self._groups = [_Group(self, tables) for tables in self._grouped(kernel_columns)]
+
+    def _grouped(self, kernel_columns: int | None) -> list[list[int]]:
+        """Deal the tables to kernels, as evenly as their number allows."""
+        alike: dict[tuple[PoolingType, torch.dtype], list[int]] = {}
+        for index, config in enumerate(self._configs):
+            alike.setdefault((config.pooling, self._weight(index).dtype), []).append(index)
+        return [part for tables in alike.values() for part in self._cut(tables, kernel_columns)]
+
+    def _cut(self, tables: list[int], kernel_columns: int | None) -> list[list[int]]:
+        columns = [self._configs[index].embedding_dim * len(self._configs[index].feature_names) for index in tables]
+        parts = 1 if kernel_columns is None else -(-sum(columns) // kernel_columns)
+        ends = [(total * parts - 1) // sum(columns) for total in accumulate(columns)]
+        return [part for n in range(parts) if (part := [t for t, end in zip(tables, ends, strict=True) if end == n])]
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
         """The configs of the tables."""
@@ -77,19 +99,24 @@ class FusedEmbeddingBags(EmbeddingBagCollectionInterface):
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Look up and pool: (B, sum of dims), keyed as the plain collection."""
         keys, dims = [slot.key for slot in self._slots], [slot.dim for slot in self._slots]
-        if torch.is_inference_mode_enabled():  # which the kernels do not know
-            with torch.inference_mode(False), torch.no_grad():
-                pooled = [group.pool(features) for group in self._groups]
-        else:
-            pooled = [group.pool(features) for group in self._groups]
-        if len(pooled) == 1:
-            return KeyedTensor(keys, dims, pooled[0])
+        lookups = self.lookups(features)
+        if len(lookups) == 1:
+            return KeyedTensor(keys, dims, lookups[0][1]())
         columns = {
             slot: part
-            for group, values in zip(self._groups, pooled, strict=True)
-            for slot, part in zip(group.slots, values.split([s.dim for s in group.slots], dim=1), strict=True)
+            for slots, look_up in lookups
+            for slot, part in zip(slots, look_up().split([s.dim for s in slots], dim=1), strict=True)
         }
         return KeyedTensor(keys, dims, torch.cat([columns[slot] for slot in self._slots], dim=1))
+
+    def lookups(self, features: KeyedJaggedTensor) -> list[tuple[Sequence[Slot], Callable[[], Tensor]]]:
+        """Return each kernel's slots, and what pools their rows when called: (B, sum of their dims)."""
+        return [(group.slots, partial(group.pool, features)) for group in self._groups]
+
+    @property
+    def kernels_in_order(self) -> bool:
+        """Whether the kernels' slots, one kernel after the other, are in the order of the output's columns."""
+        return [slot for group in self._groups for slot in group.slots] == list(self._slots)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FusedEmbeddingBags":
         """Copy parameters and kernels, and let the copied parameters be views of the copied kernels again."""
@@ -134,7 +161,7 @@ class _Group:
             [configs[index] for index in tables],
             [tables.index(slot.table) for slot in self.slots],
             self.weights[0],
-            bags.fused_params,
+            bags.kernel_params | bags.fused_params,
         )
         self.share_memory()
 
@@ -152,12 +179,13 @@ class _Group:
                 "after its first forward.\n  Possible solution: move the model before its first forward; load state with "
                 "assign=False."
             )
-        names = [slot.feature for slot in self.slots]
-        if features.keys() != names:
-            places = features.keys()
-            features = features.permute([places.index(name) for name in names])
+        features = _selected(features, [slot.feature for slot in self.slots])
         weights = features.weights() if self.weighted else None
-        pooled: Tensor = self.kernel(features.values().long(), features.offsets().long(), weights)
+        if torch.is_inference_mode_enabled():  # which the kernels do not know
+            with torch.inference_mode(False), torch.no_grad():
+                pooled: Tensor = self.kernel(features.values().long(), features.offsets().long(), weights)
+        else:
+            pooled = self.kernel(features.values().long(), features.offsets().long(), weights)
         return pooled
 
     def states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -165,6 +193,18 @@ class _Group:
         if not self.kernel.split_optimizer_states() or not self.kernel.split_optimizer_states()[0]:
             return  # SGD has none
         yield from zip(self.names, self.kernel.get_optimizer_state(), strict=True)
+
+
+def _selected(features: KeyedJaggedTensor, names: list[str]) -> KeyedJaggedTensor:
+    """Return the named features in that order; a view, where they lie side by side."""
+    keys = features.keys()
+    if keys == names:
+        return features
+    first = keys.index(names[0])
+    if keys[first : first + len(names)] != names:
+        return features.permute([keys.index(name) for name in names])
+    sizes = [first, len(names), len(keys) - first - len(names)]
+    return features.split(sizes)[1]
 
 
 def _kernel(

@@ -10,19 +10,21 @@ a chunk does not hold is left out of the bag before the lookup: it contributes z
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingBagCollectionInterface
-from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
+from embsearch_plugin.compact.columns import Layout, take_columns
 from embsearch_plugin.compact.fine import FineTable, FixedIndex
 from embsearch_plugin.fused import FusedEmbeddingBags
 from embsearch_plugin.plan import Chunk, TablePlan
 from embsearch_plugin.randomness import private_random
-from embsearch_plugin.supernet.bags import bags_of, check_ids, columns_of, rows_at
+from embsearch_plugin.supernet.bags import check_ids, ids_of, ordered, rows_at
 from embsearch_plugin.supernet.slots import Slot, slots_of
 
 
@@ -89,7 +91,14 @@ class CompactEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self._weighted = is_weighted
         self._slots = slots_of(configs)
         self._features = list(dict.fromkeys(slot.feature for slot in self._slots))
-        self._parts = [_Part(i, chunk) for i, slot in enumerate(self._slots) for chunk in plans[slot.table].chunks]
+        self._parts = [  # in the order in which the collection inside looks them up
+            _Part(i, chunk)
+            for table, plan in enumerate(plans)
+            for chunk in plan.chunks
+            for i, slot in enumerate(self._slots)
+            if slot.table == table
+        ]
+        self._layouts: dict[tuple[tuple[str, ...], torch.device], Layout] = {}
         tables = _chunk_configs(configs, plans, self._parts, self._slots)
         self.chunks: EmbeddingBagCollectionInterface | None
         self.chunks = _chunk_tables(tables, plans, is_weighted, device) if tables else None
@@ -121,50 +130,69 @@ class CompactEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     def fuse(self, fused_params: Mapping[str, Any]) -> None:
         """Train the chunks by FBGEMM's fused kernels; ``fused_params`` are TorchRec's."""
         assert isinstance(self.chunks, EmbeddingBagCollection)
-        self.chunks = FusedEmbeddingBags(self.chunks, fused_params)
+        self.chunks = FusedEmbeddingBags(self.chunks, fused_params, ids_checked=True)
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Look up and pool: (B, sum of dims), keyed as the original."""
-        bags = bags_of(features, self._features)
-        pooled = self._pooled_chunks(bags)
-        columns = [self._columns_of(i, slot, bags[slot.feature], pooled) for i, slot in enumerate(self._slots)]
-        return KeyedTensor([s.key for s in self._slots], [s.dim for s in self._slots], torch.cat(columns, dim=1))
+        features = ordered(features, self._features)
+        lengths = dict(zip(self._features, features.lengths().view(len(self._features), -1), strict=True))
+        output = self._stored_columns(features, lengths)
+        if self.fine or any(slot.mean for slot in self._slots):
+            output = self._with_fine_and_means(output, features, lengths)
+        return KeyedTensor([s.key for s in self._slots], [s.dim for s in self._slots], output)
 
-    def _columns_of(self, number: int, slot: Slot, bag: JaggedTensor, pooled: Mapping[str, Tensor]) -> Tensor:
-        """Assemble one slot's output, (B, D)."""
-        if str(slot.table) in self.fine:
-            check_ids(self._configs[slot.table].name, slot.feature, self._configs[slot.table].num_embeddings, bag.values())
-            output: Tensor = self.fine[str(slot.table)](bag, self._weighted)
-        else:
-            output = self._concatenated(number, slot, bag, pooled)
-        return output / bag.lengths().clamp(min=1)[:, None] if slot.mean else output
+    def _with_fine_and_means(self, output: Tensor, features: KeyedJaggedTensor, lengths: Mapping[str, Tensor]) -> Tensor:
+        """Put fine-grained tables' columns into the output, (B, sum of dims), and divide sums where means are wanted."""
+        columns = list(output.split([slot.dim for slot in self._slots], dim=1))
+        bags = features.to_dict() if self.fine else {}
+        for number, slot in enumerate(self._slots):
+            if str(slot.table) in self.fine:
+                config = self._configs[slot.table]
+                check_ids(config.name, slot.feature, config.num_embeddings, bags[slot.feature].values())
+                columns[number] = self.fine[str(slot.table)](bags[slot.feature], self._weighted)
+            if slot.mean:
+                columns[number] = columns[number] / lengths[slot.feature].clamp(min=1)[:, None]
+        return torch.cat(columns, dim=1)
 
-    def _concatenated(self, number: int, slot: Slot, bag: JaggedTensor, pooled: Mapping[str, Tensor]) -> Tensor:
-        parts = [pooled[str(i)] for i, part in enumerate(self._parts) if part.slot == number]
-        missing = slot.dim - sum(part.shape[1] for part in parts)
-        if missing:
-            parts.append(torch.zeros(bag.lengths().numel(), missing, device=bag.lengths().device))
-        output = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-        placement = self._index(slot).placement
-        return output if placement is None else output.index_select(1, placement)
-
-    def _pooled_chunks(self, bags: dict[str, JaggedTensor]) -> dict[str, Tensor]:
-        """Return what each part looked up, (B, width), by the part's number."""
+    def _stored_columns(self, features: KeyedJaggedTensor, lengths: Mapping[str, Tensor]) -> Tensor:
+        """Look up every part and put its columns where they belong: (B, sum of dims), zero where none is stored."""
         if self.chunks is None:
-            return {}
-        places = [self._places_of(slot, bags[slot.feature]) for slot in self._slots]
-        held = [_held(places[p.slot], bags[self._slots[p.slot].feature], p.chunk, self._rows(p)) for p in self._parts]
-        weights = torch.cat([w for _, _, w in held if w is not None]) if self._weighted else None
-        pooled = self.chunks(
-            KeyedJaggedTensor(
-                keys=[str(i) for i in range(len(held))],
-                values=torch.cat([values for values, _, _ in held]),
-                lengths=torch.cat([lengths for _, lengths, _ in held]),
-                weights=weights,
-                stride=held[0][1].numel(),
-            )
+            return torch.zeros(features.stride(), sum(slot.dim for slot in self._slots), device=features.device())
+        pooled = self.chunks(self._of_parts(features, lengths))
+        source = self._source(pooled)
+        return pooled.values() if source is None else take_columns(pooled.values(), source)
+
+    def _of_parts(self, features: KeyedJaggedTensor, lengths: Mapping[str, Tensor]) -> KeyedJaggedTensor:
+        """Return the bags of every part, of the ids that it holds: a feature of the collection inside for each."""
+        ids = ids_of(features)
+        places = [self._places_of(slot, ids[slot.feature]) for slot in self._slots]
+        weights = features.weights().split(features.length_per_key()) if self._weighted else None
+        of_feature = dict(zip(self._features, weights, strict=True)) if weights is not None else {}
+        held = []
+        for part in self._parts:
+            feature, limit = self._slots[part.slot].feature, part.chunk.rows
+            bag = places[part.slot], lengths[feature], of_feature.get(feature)
+            held.append(bag if limit == self._rows(part) else _held(*bag, limit))
+        return KeyedJaggedTensor(
+            keys=[str(number) for number in range(len(held))],
+            values=torch.cat([values for values, _, _ in held]),
+            lengths=torch.cat([kept for _, kept, _ in held]),
+            weights=torch.cat([w for _, _, w in held if w is not None]) if self._weighted else None,
+            stride=features.stride(),
         )
-        return columns_of(pooled)
+
+    def _source(self, pooled: KeyedTensor) -> Tensor | None:
+        """Return for each column of the output its column in ``pooled``, or -1; ``None`` where they are the same."""
+        order, dims = (tuple(pooled.keys()), pooled.values().device), [slot.dim for slot in self._slots]
+        if order not in self._layouts:  # a sharded collection answers in an order of its own
+            widths = dict(zip(pooled.keys(), pooled.length_per_key(), strict=True))
+            starts = dict(zip(widths, accumulate(widths.values(), initial=0), strict=False))
+            parts = [
+                [(starts[str(n)], part.chunk.width) for n, part in enumerate(self._parts) if part.slot == number]
+                for number in range(len(dims))
+            ]
+            self._layouts[order] = Layout.of(parts, dims, order[1])
+        return self._layouts[order].source([self._index(slot).placement for slot in self._slots], dims)
 
     def _index(self, slot: Slot) -> TableIndex:
         index = self.index[slot.table]
@@ -174,26 +202,29 @@ class CompactEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     def _rows(self, part: _Part) -> int:
         return self._configs[self._slots[part.slot].table].num_embeddings
 
-    def _places_of(self, slot: Slot, bag: JaggedTensor) -> Tensor:
+    def _places_of(self, slot: Slot, ids: Tensor) -> Tensor:
         """Return the place in plan order of each id, (n,)."""
         config = self._configs[slot.table]
         remap = self._index(slot).remap
         if remap is not None:
-            return rows_at(remap, bag.values(), config.name, slot.feature).to(bag.values().dtype)
+            return rows_at(remap, ids, config.name, slot.feature).to(ids.dtype)
         if str(slot.table) not in self.fine:
-            check_ids(config.name, slot.feature, config.num_embeddings, bag.values())
-        return bag.values()
+            check_ids(config.name, slot.feature, config.num_embeddings, ids)
+        return ids
 
 
-def _held(places: Tensor, bag: JaggedTensor, chunk: Chunk, rows: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Leave out the ids that a chunk does not hold; return the rest's values, lengths and weights."""
-    lengths, weights = bag.lengths(), bag.weights_or_none()
-    if chunk.rows == rows:
-        return places, lengths, weights
-    keep = places < chunk.rows
-    running = torch.nn.functional.pad(keep.cumsum(0), (1, 0))
-    kept = running.index_select(0, bag.offsets()).diff()
-    return places[keep], kept.to(lengths.dtype), None if weights is None else weights[keep]
+def _held(places: Tensor, lengths: Tensor, weights: Tensor | None, limit: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Leave out the ids whose place is not below ``limit``; return the rest's places, lengths and weights.
+
+    Args:
+        places: (n,).
+        lengths: (B,).
+        weights: (n,), where ids have weights.
+        limit: the rows that a chunk holds.
+    """
+    keep = places < limit
+    held, kept = torch.ops.fbgemm.masked_select_jagged_1d(places, lengths, keep)
+    return held, kept, None if weights is None else weights.masked_select(keep)
 
 
 def chunk_name(table: str, chunk: int) -> str:

@@ -40,7 +40,7 @@ class Ranking:
         """Rank and cut for the first time, or again when it is time."""
         if self._tables.blocks is not None and (self._given is not None or step < self._next):
             return
-        self._tables.cut(cut_tables(self.counts(), self._space))
+        self._tables.cut(cut_tables(self._latest(), self._space))
         self._next = max(2 * step, 1)
 
     def counts(self) -> list[Tensor]:
@@ -49,6 +49,10 @@ class Ranking:
         Raises:
             SessionError: where counts are missing or of another shape, or nothing was counted yet.
         """
+        return [count.clone() for count in self._latest()]
+
+    def _latest(self) -> list[Tensor]:
+        """Return the counts themselves, which go on changing while ids are counted: copies of all would not be small."""
         if self._given is not None and not isinstance(self._given, Mapping):
             counted = self._pass_over(self._given)
             self._given = {str(spec): count for spec, count in zip(self._tables.specs, counted, strict=True)}
@@ -58,7 +62,8 @@ class Ranking:
 
     def _counted(self) -> list[Tensor]:
         counts = [count for supernet in self._tables.supernets for count in supernet.counts or []]
-        totals = [distributed.total(count.long()).cpu() for count in counts]
+        alone = distributed.world_size() == 1
+        totals = [count.cpu() if alone else distributed.total(count.long()).cpu() for count in counts]
         if not any(bool(count.any()) for count in totals):
             raise SessionError(
                 "rows cannot be ranked: no id was counted yet.\n  Possible solutions: 1) take some training steps before "

@@ -9,6 +9,7 @@ longer bag is split by row block first, so that every part of it has one gate ro
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from math import gcd, prod
 from typing import Any
 
@@ -25,9 +26,23 @@ from embsearch_plugin.autocast import Autocast
 from embsearch_plugin.collection import Table
 from embsearch_plugin.fused import FusedEmbeddingBags, requested
 from embsearch_plugin.space import RowBlocks
-from embsearch_plugin.supernet.bags import bags_of, check_ids, columns_of, has_long_bags, one_per_bag, rows_at, split_by_cell
+from embsearch_plugin.supernet.bags import (
+    SplitBags,
+    check_ids,
+    columns_of,
+    has_long_bags,
+    ids_of,
+    one_per_bag,
+    ordered,
+    rows_at,
+    split_by_cell,
+)
+from embsearch_plugin.supernet.gating import gate_cells, gate_rows
 from embsearch_plugin.supernet.slots import Slot, slots_of
 from embsearch_plugin.supernet.virtual import VirtualRows
+
+# Of long bags each kernel's output is S times as large as the collection's; smaller ones can take each other's memory.
+KERNEL_COLUMNS = 256
 
 
 class TooSmallBatch(Exception):
@@ -128,7 +143,7 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         if isinstance(self.inner, EmbeddingBagCollection):
             params = requested(self.inner, self.fused_params)
             if params is not None:
-                self.inner = FusedEmbeddingBags(self.inner, params)
+                self.inner = FusedEmbeddingBags(self.inner, params, kernel_columns=KERNEL_COLUMNS, ids_checked=True)
 
     def table_weight(self, table: int) -> nn.Parameter:
         """Return a table's weights, (V, D), where whole tables are on this process."""
@@ -164,32 +179,47 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         if self._candidates is not None and features.stride() < self.smallest_batch:
             raise TooSmallBatch
         self.fuse()
-        bags = bags_of(features, self._features)
+        features = ordered(features, self._features)
         weight_step = self.training and torch.is_grad_enabled() and self._candidates is None
         self.forwards += torch.is_grad_enabled() and self._candidates is None
         if weight_step:
             self.autocast = Autocast.now(features.values().device.type)
+        if self._pieces is None:
+            self._check(features)
+        output = self._gated(features)  # finds ids without a row where blocks are known
         if self.counts is not None and (weight_step or self.counts_always):
-            self._count(bags, self.counts)
+            self._count(features, self.counts)
+        return output
+
+    def _gated(self, features: KeyedJaggedTensor) -> KeyedTensor:
         if self._pieces is None and self._candidates is None:
-            self._check(bags)
             return self.inner(features)
         if self._virtual is not None:
-            return self._output(self._pool_virtual(bags, self._virtual, self._candidates or []))
+            return self._output(self._pool_virtual(features, self._virtual, self._candidates or []))
         if has_long_bags(features):
-            return self._output(self._pool_split(bags))
-        gates = self._gates_of(bags)  # before the lookup: it finds ids without a row, which fused kernels overwrite
-        return self._output(self._looked_up(features) * gates)
+            return self._output(self._pool_split(features))
+        assert self._pieces is not None
+        rows = self._gate_rows(features)  # before the lookup: it finds ids without a row, which fused kernels overwrite
+        pooled = [look_up() for _, look_up in self._lookups(features)]
+        return self._output(gate_rows(pooled, self._pieces.table(self._current()), rows))
 
     def _output(self, values: Tensor) -> KeyedTensor:
         return KeyedTensor([s.key for s in self.slots], [s.dim for s in self.slots], values)
 
-    def _looked_up(self, features: KeyedJaggedTensor) -> Tensor:
-        """Pool without gates: (B, sum of dims), in slot order whatever order the inner collection answers in."""
-        if self._candidates is not None:
-            with torch.no_grad(), _steps_kept(self.inner):
-                return self._in_order(self.inner(features))
-        return self._in_order(self.inner(features))
+    def _lookups(self, features: KeyedJaggedTensor) -> list[tuple[Sequence[Slot], Callable[[], Tensor]]]:
+        """Return runs of slots, one after the other, and what pools their rows without gates: (B, sum of their dims)."""
+        if isinstance(self.inner, FusedEmbeddingBags) and self.inner.kernels_in_order:
+            runs = self.inner.lookups(features)
+        else:
+            runs = [(self.slots, lambda: self._in_order(self.inner(features)))]
+        return [(slots, partial(self._without_trace, look_up)) for slots, look_up in runs]
+
+    def _without_trace(self, look_up: Callable[[], Tensor]) -> Tensor:
+        """Look up; in a search step so that no backward reaches a table, and no kernel takes it for a step."""
+        if self._candidates is None:
+            return look_up()
+        with torch.no_grad(), _steps_kept(self.inner):
+            return look_up()
 
     def _in_order(self, pooled: KeyedTensor) -> Tensor:
         if pooled.keys() == [slot.key for slot in self.slots]:
@@ -200,80 +230,87 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     def _current(self) -> list[Tensor]:
         return self.gates if self._candidates is None else self._candidates
 
-    def _blocks_of(self, slot: Slot, bags: Mapping[str, JaggedTensor]) -> Tensor:
+    def _blocks_of(self, slot: Slot, ids: Tensor) -> Tensor:
         """Return the block of each id of a slot, (n,)."""
-        return rows_at(self._blocks[slot.table], bags[slot.feature].values(), self.tables[slot.table].name, slot.feature)
+        return rows_at(self._blocks[slot.table], ids, self.tables[slot.table].name, slot.feature)
 
-    def _gates_of(self, bags: Mapping[str, JaggedTensor]) -> Tensor:
-        """Gather the gate row of each bag of at most one id: (B, sum of dims)."""
-        blocks = [one_per_bag(bags[slot.feature], self._blocks_of(slot, bags)) for slot in self.slots]
+    def _gate_rows(self, features: KeyedJaggedTensor) -> Tensor:
+        """Return the row of the pieces' table that gates each piece of the output, for bags of at most one id."""
+        ids, lengths = ids_of(features), features.lengths().view(len(self._features), -1)
+        of_feature = dict(zip(self._features, lengths, strict=True))
+        blocks = [one_per_bag(of_feature[s.feature], self._blocks_of(s, ids[s.feature])) for s in self.slots]
         assert self._pieces is not None
-        return self._pieces.gather(self._current(), torch.stack(blocks))
+        return self._pieces.rows(torch.stack(blocks))
 
-    def _pool_split(self, bags: Mapping[str, JaggedTensor]) -> Tensor:
+    def _pool_split(self, features: KeyedJaggedTensor) -> Tensor:
         """Pool bags of any length, block by block: (B, sum of dims)."""
-        cells, digits, size = self._cells(bags)
-        split = split_by_cell(bags, cells, size)
-        pooled = self._looked_up(split.features).view(size, -1, sum(s.dim for s in self.slots))
-        if any(slot.mean for slot in self.slots):
-            pooled = pooled * self._mean_shares(dict(zip(bags, split.share, strict=True)))
-        gates = self._current()
-        rows = torch.cat([gates[slot.table].index_select(0, digits[slot]) for slot in self.slots], dim=1)
-        parts = pooled.unbind()  # its gradient is one stack; indexing would fill S x B x D zeros for each cell
-        total = parts[0] * rows[0]
-        for part, row in zip(parts[1:], rows[1:], strict=True):
-            total = torch.addcmul(total, part, row)
-        return total
+        cells, digits, size = self._cells(ids_of(features))
+        split = split_by_cell(features, cells, size)
+        return torch.cat(
+            [self._gated_run(slots, look_up(), split, digits) for slots, look_up in self._lookups(split.features)], 1
+        )
 
-    def _cells(self, bags: Mapping[str, JaggedTensor]) -> tuple[list[Tensor], dict[Slot, Tensor], int]:
+    def _gated_run(self, slots: Sequence[Slot], pooled: Tensor, split: SplitBags, digits: Mapping[Slot, Tensor]) -> Tensor:
+        """Gate and add up what is pooled per cell, (S x B, sum of the slots' dims)."""
+        pooled = pooled.view(split.counts.shape[1], -1, pooled.shape[1])
+        if any(slot.mean for slot in slots):
+            shares = dict(zip(self._features, split.share, strict=True))
+            pooled = pooled * _mean_shares(slots, shares)
+        gates = self._current()
+        rows = torch.cat([gates[slot.table].index_select(0, digits[slot]) for slot in slots], dim=1)
+        return gate_cells(pooled, rows, overwrite=isinstance(self.inner, FusedEmbeddingBags))
+
+    def _cells(self, ids: Mapping[str, Tensor]) -> tuple[list[Tensor], dict[Slot, Tensor], int]:
         """Return the cell of each id per feature; per slot, the block that each of the S cells stands for; and S."""
-        by_feature = {f: [slot for slot in self.slots if slot.feature == f] for f in bags}
+        by_feature = {f: [slot for slot in self.slots if slot.feature == f] for f in ids}
         blocks = {slot: self._gates[slot.table].shape[0] for slot in self.slots}
         size = max(prod(blocks[slot] for slot in slots) for slots in by_feature.values())
+        numbers = torch.arange(size, device=self.device)
         cells, digits = [], {}
         for feature, slots in by_feature.items():
-            cell, base = torch.zeros_like(bags[feature].values(), dtype=torch.int64), 1
-            for slot in slots:
-                cell = cell + self._blocks_of(slot, bags).long() * base
-                numbers = torch.arange(size, device=cell.device)
+            cell, base = self._blocks_of(slots[0], ids[feature]), blocks[slots[0]]
+            digits[slots[0]] = numbers % base
+            for slot in slots[1:]:
+                cell = cell.int() + self._blocks_of(slot, ids[feature]).int() * base
                 digits[slot] = (numbers // base) % blocks[slot]
                 base *= blocks[slot]
             cells.append(cell)
         return cells, digits, size
 
-    def _mean_shares(self, shares: Mapping[str, Tensor]) -> Tensor:
-        """Per cell, bag and column: the factor that makes a mean over the cell's ids a part of the mean over the bag.
-
-        Args:
-            shares: per feature (S, B).
-
-        Returns:
-            (S, B, sum of dims); one where a table is summed.
-        """
-        columns = [shares[slot.feature] if slot.mean else torch.ones_like(shares[slot.feature]) for slot in self.slots]
-        repeats = torch.tensor([slot.dim for slot in self.slots], device=columns[0].device)
-        return torch.stack(columns, dim=-1).repeat_interleave(repeats, dim=-1)
-
-    def _pool_virtual(self, bags: Mapping[str, JaggedTensor], rows: VirtualRows, gates: Sequence[Tensor]) -> Tensor:
-        pooled = []
+    def _pool_virtual(self, features: KeyedJaggedTensor, rows: VirtualRows, gates: Sequence[Tensor]) -> Tensor:
+        pooled, bags = [], features.to_dict()
         for slot in self.slots:
-            weight = self.table_weight(slot.table)
-            looked_up = rows.lookup((id(self), slot.table), weight, bags[slot.feature].values())
-            gated = looked_up.float() * gates[slot.table].index_select(0, self._blocks_of(slot, bags).long())
+            weight, ids = self.table_weight(slot.table), bags[slot.feature].values()
+            looked_up = rows.lookup((id(self), slot.table), weight, ids)
+            gated = looked_up.float() * gates[slot.table].index_select(0, self._blocks_of(slot, ids).long())
             pooled.append(_pool(gated, bags[slot.feature], slot.mean))
         return torch.cat(pooled, dim=1)
 
-    def _check(self, bags: Mapping[str, JaggedTensor]) -> None:
+    def _check(self, features: KeyedJaggedTensor) -> None:
+        ids = ids_of(features)
         for slot in self.slots:
             table = self.tables[slot.table]
-            check_ids(table.name, slot.feature, table.rows, bags[slot.feature].values())
+            check_ids(table.name, slot.feature, table.rows, ids[slot.feature])
 
-    def _count(self, bags: Mapping[str, JaggedTensor], counts: list[Tensor]) -> None:
-        self._check(bags)
+    def _count(self, features: KeyedJaggedTensor, counts: list[Tensor]) -> None:
+        ids = ids_of(features)
         for slot in self.slots:
-            ids = bags[slot.feature].values()
-            count = counts[slot.table] = counts[slot.table].to(ids.device)
-            count.index_add_(0, ids, torch.ones_like(ids, dtype=count.dtype))
+            count = counts[slot.table] = counts[slot.table].to(ids[slot.feature].device)
+            count.index_add_(0, ids[slot.feature], torch.ones_like(ids[slot.feature], dtype=count.dtype))
+
+
+def _mean_shares(slots: Sequence[Slot], shares: Mapping[str, Tensor]) -> Tensor:
+    """Per cell, bag and column: the factor that makes a mean over the cell's ids a part of the mean over the bag.
+
+    Args:
+        shares: per feature (S, B).
+
+    Returns:
+        (S, B, sum of dims); one where a table is summed.
+    """
+    columns = [shares[slot.feature] if slot.mean else torch.ones_like(shares[slot.feature]) for slot in slots]
+    repeats = torch.tensor([slot.dim for slot in slots], device=columns[0].device)
+    return torch.stack(columns, dim=-1).repeat_interleave(repeats, dim=-1)
 
 
 @contextmanager
@@ -301,7 +338,7 @@ def _pool(rows: Tensor, bag: JaggedTensor, mean: bool) -> Tensor:
 
 
 class _Pieces:
-    """Gathers gate rows of tables of any widths by one ``index_select``.
+    """Finds the gate rows of tables of any widths, so that one ``index_select`` gathers them.
 
     Gates are cut into pieces of the widths' greatest common divisor (the width itself, where all are equal), which lie
     in one (rows, piece) matrix; a slot of width D reads D / piece of them.
@@ -319,15 +356,17 @@ class _Pieces:
         self._step = torch.tensor([[slots[index].dim // self.width] for index, _ in pieces])
         self._start = torch.tensor([[starts[slots[index].table] + piece] for index, piece in pieces])
 
-    def gather(self, gates: Sequence[Tensor], blocks: Tensor) -> Tensor:
-        """Return the gates of each example, (B, sum of dims), for the blocks of each slot, (slots, B)."""
+    def table(self, gates: Sequence[Tensor]) -> Tensor:
+        """Return all gates as one matrix of pieces, (R, width)."""
+        return torch.cat([gate.reshape(-1, self.width) for gate in gates])
+
+    def rows(self, blocks: Tensor) -> Tensor:
+        """Return the row of each piece of the output, (B, pieces), for the blocks of each slot, (slots, B)."""
         device = blocks.device
-        table = torch.cat([gate.reshape(-1, self.width) for gate in gates])
         rows = blocks.long()
         if len(self._slot) != rows.shape[0]:
             rows = rows.index_select(0, self._slot.to(device))
-        rows = rows * self._step.to(device) + self._start.to(device)
-        return table.index_select(0, rows.t().reshape(-1)).view(rows.shape[1], -1)
+        return (rows * self._step.to(device) + self._start.to(device)).t()
 
 
 def _hide_inner(module: nn.Module, state: dict[str, Any], prefix: str, _: object) -> None:

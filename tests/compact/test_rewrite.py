@@ -22,7 +22,9 @@ def plan_for(world: str, dims: tuple[tuple[int, ...], ...]) -> SizePlan:
 
 
 @pytest.mark.parametrize("dims", [((8, 4, 0), (0, 4)), ((0,), (8,)), ((4, 8), (4, 0, 8)), ((8,), (8,)), ((0,), (0,))])
-@pytest.mark.parametrize("world", ["one id", "bags", "mean", "weighted"])
+@pytest.mark.parametrize(
+    "world", ["one id", "bags", "mean", "weighted", "weighted, one id", "several features", "shared feature"]
+)
 def test_a_plan_keeps_the_weights_it_names(world: str, dims: tuple[tuple[int, ...], ...]) -> None:
     plan, original, model = plan_for(world, dims), task(WORLDS[world]), task(WORLDS[world])
     for table in plan.tables:
@@ -40,6 +42,24 @@ def test_a_plan_keeps_the_weights_it_names(world: str, dims: tuple[tuple[int, ..
     torch.testing.assert_close(
         model.collection(features).values(), original.collection(features).values(), atol=1e-6, rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("dims", [((8, 4, 0), (0, 4)), ((4, 8), (4, 0, 8))])
+@pytest.mark.parametrize("world", ["one id", "bags", "mean", "weighted", "several features", "shared feature"])
+def test_gradients_are_the_originals(world: str, dims: tuple[tuple[int, ...], ...]) -> None:
+    plan, original, model = plan_for(world, dims), task(WORLDS[world]), task(WORLDS[world])
+    es.apply(model, plan)
+    features = WORLDS[world].features(50, seed=3)
+    width = original.collection(features).values().shape[1]
+    for collection in (model.collection, original.collection):
+        (collection(features).values() * torch.arange(50 * width).view(50, width).sin()).sum().backward()
+    for index, table in enumerate(plan.tables):
+        gradient = original.collection.embedding_bags[table.table.name].weight.grad
+        order = torch.arange(table.table.rows) if table.order is None else table.order.long()
+        columns = torch.tensor(table.columns or range(8))
+        for number, chunk in enumerate(table.chunks):
+            expected = gradient[order[: chunk.rows]][:, columns[chunk.start : chunk.start + chunk.width]]
+            torch.testing.assert_close(model.collection.chunk_weight(index, number).grad, expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["momentum", "adam", "adagrad"])

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from support import PLAIN, WORLDS, World, dlrm, relative_error, searched, task, train
 from torch import Tensor
 from torchrec.modules.embedding_configs import PoolingType
@@ -107,6 +108,23 @@ def test_gradients_of_gates_are_those_of_the_reference(name: str) -> None:
     reference = sum(value.square().sum() for value in looked_up(original, rows, features).values())
     for mine, theirs in zip(got, torch.autograd.grad(reference, leaves), strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("columns", [8, 256])
+@pytest.mark.parametrize("name", [name for name in WORLDS if name != "half"])
+def test_fused_kernels_train_as_plain_tables_do(name: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embsearch_plugin.supernet.searchable.KERNEL_COLUMNS", columns)
+    world, sgd = WORLDS[name], {"optimizer": EmbOptimType.EXACT_SGD, "learning_rate": 0.1}
+    models = []
+    for fused in (None, sgd):
+        model, session, optimizer = searched(world, 3, optimizer=lambda p: torch.optim.SGD(p, lr=0.1), fused=fused)
+        torch.manual_seed(5)
+        session.set_gates([torch.rand_like(gate) for gate in session.gates])
+        session.detach()
+        train(model, optimizer, (world.batch(seed=i) for i in range(3)))
+        models.append(model)
+    for mine, theirs in zip(models[1].parameters(), models[0].parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
 
 
 def test_state_dict_keeps_its_keys() -> None:

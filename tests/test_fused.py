@@ -1,0 +1,46 @@
+"""Tables on fused kernels: the same on one kernel and on several."""
+
+import copy
+
+import pytest
+import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from support import WORLDS
+
+from embsearch_plugin.fused import FusedEmbeddingBags
+
+ADAGRAD = {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "learning_rate": 0.1}
+
+
+@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize("columns", [1, 8, 16, 1000])
+def test_several_kernels_do_what_one_does(name: str, columns: int) -> None:
+    world = WORLDS[name]
+    plain = world.collection()
+    one = FusedEmbeddingBags(copy.deepcopy(plain), ADAGRAD)
+    several = FusedEmbeddingBags(copy.deepcopy(plain), ADAGRAD, kernel_columns=columns, ids_checked=True)
+    for seed in range(3):
+        features = world.features(20, seed)
+        mine, theirs = several(features), one(features)
+        assert mine.keys() == theirs.keys()
+        torch.testing.assert_close(mine.values(), theirs.values(), atol=0, rtol=0)
+        for output in (mine, theirs):
+            output.values().square().sum().backward()
+    for mine_weight, weight in zip(several.parameters(), one.parameters(), strict=True):
+        torch.testing.assert_close(mine_weight, weight, atol=0, rtol=0)
+    for table, state in one.optimizer_states().items():
+        for key, tensor in state.items():
+            torch.testing.assert_close(several.optimizer_states()[table][key], tensor, atol=0, rtol=0)
+
+
+def test_tables_are_dealt_evenly() -> None:
+    collection = FusedEmbeddingBags(WORLDS["unequal dims"].collection(), ADAGRAD, kernel_columns=16)
+    assert [len(kernel.split_embedding_weights()) for kernel in collection.kernels] == [1, 2]
+    assert collection.kernels_in_order
+
+
+def test_mixed_pooling_needs_the_output_put_in_order() -> None:
+    world = WORLDS["unequal dims"]
+    mixed = world.tables[0], (*world.tables[1][:4], WORLDS["mean"].tables[0][4]), world.tables[2]
+    collection = FusedEmbeddingBags(type(world)(mixed).collection(), ADAGRAD)
+    assert not collection.kernels_in_order
