@@ -1,6 +1,7 @@
 """Budgets in bytes or parameters, the one place where bytes are counted, and the exact knapsack."""
 
 import ctypes
+import logging
 import os
 import re
 import sys
@@ -17,8 +18,10 @@ import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
-from embsearch_plugin.errors import BudgetError
+from embsearch_plugin.errors import AllocationError, BudgetError
 
+log = logging.getLogger(__name__)
+TIME_LIMIT = 60  # seconds
 _Chosen = npt.NDArray[np.bool_]
 INDEX_BYTES = torch.int32.itemsize
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12} | {
@@ -127,7 +130,7 @@ class Option:
     """One way to store one block: what it costs and what it is worth.
 
     Raises:
-        BudgetError: where the worth is not a finite number.
+        AllocationError: where the worth is not a finite number.
     """
 
     dim: int
@@ -136,7 +139,7 @@ class Option:
 
     def __post_init__(self) -> None:
         if not isfinite(self.utility):
-            raise BudgetError(
+            raise AllocationError(
                 f"the worth of an option must be a finite number; got {self.utility} for dim {self.dim}.\n"
                 "  Possible solution: look for NaN or infinity in the tables' weights; the training may have diverged."
             )
@@ -273,10 +276,13 @@ class _Knapsack:
                 integrality=np.ones(len(self.keys), dtype=np.int64),
                 bounds=Bounds(0, 1),
                 constraints=[*self.constraints, LinearConstraint((self.costs / scale)[None, :], -np.inf, limit / scale)],
-                options={"mip_rel_gap": 1e-9, "time_limit": 60},
+                options={"mip_rel_gap": 1e-9, "time_limit": TIME_LIMIT},
             )
         if found.x is None:
-            raise BudgetError(f"the allocation within {limit:,} could not be solved: {found.message}")
+            raise AllocationError(f"the allocation within {limit:,} could not be solved: {found.message}")
+        status: int = found.status
+        if status == 1:
+            log.warning("the allocation within %s is the best that was found in %d s, not proven", f"{limit:,}", TIME_LIMIT)
         return np.asarray(found.x > 0.5)
 
     def forbid(self, chosen: _Chosen) -> None:

@@ -24,20 +24,32 @@ from torch import Tensor, nn
 from embsearch_plugin.algorithms.base import AlgorithmConfig
 from embsearch_plugin.data.dataset import Dataset
 from embsearch_plugin.decorator import prepare
-from embsearch_plugin.errors import BudgetError
+from embsearch_plugin.errors import BudgetError, NonFiniteLoss, RunFolderError
 from embsearch_plugin.evaluation import evaluate
 from embsearch_plugin.files import read_state, write_json, write_state
 from embsearch_plugin.fused import FusedEmbeddingBags
 from embsearch_plugin.hookspecs import hookimpl
+from embsearch_plugin.plan import SizePlan
 from embsearch_plugin.plugins import find_collections
 from embsearch_plugin.recipes import Fused, Recipe, Train
-from embsearch_plugin.saving import WEIGHTS, load, save
+from embsearch_plugin.saving import PLAN, WEIGHTS, load, save
 from embsearch_plugin.search.session import Session
 from embsearch_plugin.training import Epoch, Stage, Watcher, best_path, converge
 
-CELL, CHECKPOINTS, COURSE, DENSE = "cell.json", "checkpoints", "course.json", "dense"
+CELL, CHECKPOINTS, COURSE, DENSE, TEST = "cell.json", "checkpoints", "course.json", "dense", "test.json"
 REPORTED_POINTS = 400
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How a stage of training went: a row per epoch, and whether it ended because the epochs were used up."""
+
+    history: list[Epoch]
+    capped: bool
+
+
+Stages = dict[str, Trained]
 
 
 @dataclass(frozen=True)
@@ -64,52 +76,84 @@ class Cells:
     watcher: Watcher
     frequencies: Callable[[], Mapping[str, Tensor]]
 
-    def dense(self) -> Row:
-        """Return the dense model's cell; train it, if that was not done."""
-        return self._recorded(self.folder / DENSE, self._dense)
+    def has(self, method: str, budget: str | None) -> bool:
+        """Whether a cell is finished; the dense model has no budget."""
+        return (self._folder_of(method, budget) / CELL).exists()
 
-    def compact(self, method: str, budget: str) -> Row:
-        """Return the cell of a method's compact model at a budget; search and train it, if that was not done."""
-        folder = self._compact_folder(method, budget)
-        row = self._recorded(folder, lambda: self._compact(method, budget))
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # no other cell needs them
-        return row
+    def get(self, method: str, budget: str | None) -> Row:
+        """Return a cell; train it, if that was not done.
+
+        Raises:
+            RunFolderError: where its record is damaged.
+        """
+        folder = self._folder_of(method, budget)
+        if not (folder / CELL).exists():
+            (folder / TEST).unlink(missing_ok=True)  # of a model that is gone
+            row = self._dense() if budget is None else self._compact(method, budget)
+            write_json(folder / CELL, row)
+        if budget is not None:
+            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # no other cell needs them
+        return _read(folder / CELL)
 
     def test(self, row: Row) -> dict[str, float | None]:
         """Return how good a finished cell's model is on the test split. Nothing else reads that split."""
         folder = self.root / row["folder"]
-        return self._recorded_in(folder / "test.json", lambda: self._evaluate(self._load(folder), "test"))
+        if not (folder / TEST).exists():
+            write_json(folder / TEST, self._evaluate(self._load(folder), "test"))
+        return _read(folder / TEST)
+
+    def course(self, method: str, budget: str) -> list[dict[str, float]]:
+        """Return the recorded steps of a finished search; none where the model did not train meanwhile."""
+        path = self._search_folder(method, budget) / COURSE
+        return _read(path) if path.exists() else []
 
     # One cell.
 
     def _dense(self) -> Row:
+        try:
+            return self._train_dense()
+        except NonFiniteLoss as error:
+            return self._missing(DENSE, None, "diverged", error)
+
+    def _train_dense(self) -> Row:
         model = self._build()
         if self._train.fused:
             for found in find_collections(model):
                 found.replace_in(model, FusedEmbeddingBags(found.module, fused_params(self._train.fused)))
         size = sum(table.size_bytes for found in find_collections(self._build()) for table in found.tables)
-        history = converge(self._stage(DENSE, model, self._optimizer(model), self.folder / DENSE), self.watcher)
+        stage = self._stage(DENSE, model, self._optimizer(model), self.folder / DENSE)
+        converge(stage, self.watcher)
         write_state(self.folder / DENSE / WEIGHTS, model.state_dict())
-        return self._row(DENSE, None, model, size, {DENSE: history})
+        return self._row(DENSE, None, model, size, _course_of(stage))
 
     def _compact(self, method: str, budget: str) -> Row:
-        config, folder = self.recipe.search.methods[method], self._compact_folder(method, budget)
-        stages: dict[str, list[Epoch]] = {}
-        if config.starts_from == "dense":
-            stages[DENSE] = self.dense()["stages"][DENSE]
-        model = self._build()
-        optimizer = self._optimizer(model)
+        course: Stages = {}
+        if self.recipe.search.methods[method].starts_from == "dense":
+            dense = self.get(DENSE, None)
+            if dense["status"] != "done":
+                return self._missing(method, budget, dense["status"], f"the dense model it starts from: {dense['reason']}")
+            course = {DENSE: Trained(dense["stages"][DENSE], DENSE in dense["capped"])}
         try:
-            session = self._session(model, optimizer, config, budget)
-            stages |= self._search(session, model, optimizer, method, budget)
-            plan = session.derive()
+            return self._train_compact(method, budget, course)
         except BudgetError as error:
-            return self._infeasible(method, budget, str(error))
+            return self._missing(method, budget, "infeasible", error)
+        except NonFiniteLoss as error:
+            return self._missing(method, budget, "diverged", error)
+
+    def _train_compact(self, method: str, budget: str, course: Stages) -> Row:
+        """Search, rewrite and train on; ``course`` is the training that the search starts from."""
+        folder, model = self._folder_of(method, budget), self._build()
+        optimizer = self._optimizer(model)
+        session = self._session(model, optimizer, self.recipe.search.methods[method], budget)
+        course |= self._search(session, model, optimizer, method, budget)
+        if not (folder / PLAN).exists():  # a run that is resumed goes on with the plan it had
+            session.derive().save(folder / PLAN)
+        plan = SizePlan.load(folder / PLAN)
         session.compact(plan)
-        stage = self._stage("fine-tune" if stages else "train", model, optimizer, folder, f"{method} {budget}")
-        stages[stage.name] = converge(stage, self.watcher)
+        stage = self._stage("fine-tune" if course else "train", model, optimizer, folder, f"{method} {budget}")
+        converge(stage, self.watcher)
         save(model, plan, folder)
-        return self._row(method, budget, model, plan.size_bytes, stages)
+        return self._row(method, budget, model, plan.size_bytes, course | _course_of(stage))
 
     def _session(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: AlgorithmConfig, budget: str) -> Session:
         """Prepare the model, with the trained dense weights where the method starts from them."""
@@ -124,31 +168,35 @@ class Cells:
             seed=self.seed,
         )
         if config.starts_from == "dense":
-            state = read_state(best_path(self._checkpoint(self.folder / DENSE, DENSE)))
+            state = self._dense_state()
             session.load_state_dict({**session.state_dict(), "kernels": state["kernels"]})
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
         session.attach(optimizer, self.data.batches("validation", self._train.batch_size, seed=self.seed))
         return session
 
-    def _search(
-        self, session: Session, model: nn.Module, optimizer: torch.optim.Optimizer, method: str, budget: str
-    ) -> dict[str, list[Epoch]]:
+    def _dense_state(self) -> dict[str, Any]:
+        """Return the trained dense model with its optimizer; train it anew where a finished run has cleared that away."""
+        path = best_path(self._checkpoint(self.folder / DENSE, DENSE))
+        if not path.exists():
+            self._train_dense()
+        state: dict[str, Any] = read_state(path)
+        return state
+
+    def _search(self, session: Session, model: nn.Module, optimizer: torch.optim.Optimizer, method: str, budget: str) -> Stages:
         """Search until the plan can be derived; train meanwhile, if the method does."""
         config = session.config
         if not config.trains:
             session.step(next(iter(self.data.batches("validation", self._train.batch_size))))
             return {}
-        folder, title = self.folder / slug(method), method
-        if config.searches_within_budget:
-            folder, title = self._compact_folder(method, budget), f"{method} {budget}"
+        folder, title = self._search_folder(method, budget), f"{method} {budget}" if config.searches_within_budget else method
         course = Course()
         session.register(course)
         stage = self._stage("search", model, optimizer, folder, title, session=session, observers={"course": course})
-        history = converge(stage, self.watcher)
+        converge(stage, self.watcher)
         if not (folder / COURSE).exists():
             write_json(folder / COURSE, course.rows)
-        return {"search": history}
+        return _course_of(stage)
 
     # What they are made of.
 
@@ -157,8 +205,12 @@ class Cells:
         """Where the cells of this seed and this trial are."""
         return self.root / "cells" / f"seed-{self.seed}" / f"trial-{self.number}"
 
-    def _compact_folder(self, method: str, budget: str) -> Path:
-        return self.folder / slug(method) / slug(budget)
+    def _folder_of(self, method: str, budget: str | None) -> Path:
+        return self.folder / slug(method) / slug(budget or "")
+
+    def _search_folder(self, method: str, budget: str) -> Path:
+        within = self.recipe.search.methods[method].searches_within_budget
+        return self._folder_of(method, budget if within else None)
 
     @property
     def _train(self) -> Train:
@@ -204,18 +256,9 @@ class Cells:
 
     # Records.
 
-    def _recorded(self, folder: Path, make: Callable[[], Row]) -> Row:
-        return self._recorded_in(folder / CELL, make)
-
-    def _recorded_in(self, path: Path, make: Callable[[], Row]) -> Row:
-        if not path.exists():
-            write_json(path, make())
-        row: Row = json.loads(path.read_text(encoding="utf-8"))
-        return row
-
-    def _row(self, method: str, budget: str | None, model: nn.Module, size: int, stages: Mapping[str, list[Epoch]]) -> Row:
+    def _row(self, method: str, budget: str | None, model: nn.Module, size: int, course: Stages) -> Row:
         """Say what a model cost and how good it is on the validation split."""
-        epochs = [row for history in stages.values() for row in history[1:]]
+        epochs = [row for trained in course.values() for row in trained.history[1:]]
         return self._named(method, budget) | {
             "status": "done",
             "reason": None,
@@ -224,22 +267,42 @@ class Cells:
             "epochs": len(epochs),
             "seconds": sum(row["seconds"] or 0.0 for row in epochs),
             "validation": self._evaluate(model, "validation"),
-            "stages": dict(stages),
+            "stages": {name: trained.history for name, trained in course.items()},
+            "capped": [name for name, trained in course.items() if trained.capped],
         }
 
-    def _infeasible(self, method: str, budget: str, reason: str) -> Row:
+    def _missing(self, method: str, budget: str | None, status: str, reason: object) -> Row:
+        """Say why there is no model: no plan fits, or the training diverged."""
         nothing = dict.fromkeys(("bytes", "params", "epochs", "seconds", "validation"))
-        return self._named(method, budget) | {"status": "infeasible", "reason": reason, **nothing, "stages": {}}
+        return self._named(method, budget) | {
+            "status": status,
+            "reason": str(reason),
+            **nothing,
+            "stages": {},
+            "capped": [],
+        }
 
     def _named(self, method: str, budget: str | None) -> Row:
-        folder = self.folder / DENSE if budget is None else self._compact_folder(method, budget)
         return {
             "method": method,
             "budget": budget,
             "seed": self.seed,
             "trial": dict(self.trial),
-            "folder": str(folder.relative_to(self.root)),
+            "folder": str(self._folder_of(method, budget).relative_to(self.root)),
         }
+
+
+def _course_of(stage: Stage) -> Stages:
+    return {stage.name: Trained(stage.history, not stage.converged)}
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunFolderError(
+            f"{path} is damaged: {error}.\n  Possible solution: delete it; the run then makes it anew."
+        ) from error
 
 
 def slug(name: str) -> str:

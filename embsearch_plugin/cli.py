@@ -16,7 +16,7 @@ class _Commands(click.Group):
     def invoke(self, context: click.Context) -> Any:
         try:
             return super().invoke(context)
-        except EmbsearchError as error:
+        except (EmbsearchError, OSError) as error:
             click.echo(f"{type(error).__name__}: {error}", err=True)
             sys.exit(1)
 
@@ -51,6 +51,7 @@ def run(recipe: Path, overrides: tuple[str, ...], out: Path | None, resume: bool
     loaded = load_recipe(recipe, overrides)
     folder = out or _new_folder(recipe.stem)
     console = Console()
+    console.print(f"run folder: {folder} (if stopped: the same command with --resume --out {folder})", highlight=False)
     with ProgressWatcher(console) as watcher:
         metrics = run_recipe(loaded, folder, resume=resume, watcher=watcher)
     console.print(headline(metrics), highlight=False, markup=False)

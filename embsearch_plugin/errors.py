@@ -36,6 +36,10 @@ class BudgetError(EmbsearchError):
     """A budget cannot be read, or no size plan fits it."""
 
 
+class AllocationError(EmbsearchError):
+    """The allocation of dims could not be solved, or was asked with worths that are no numbers."""
+
+
 class SpaceError(EmbsearchError):
     """A search space does not make sense: fractions that do not add up, chunks wider than the table."""
 

@@ -1,5 +1,6 @@
 """Recipes: a run in YAML, read as a whole, with every problem listed at once."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from itertools import product
@@ -10,6 +11,7 @@ from typing import Any, Union, get_args, get_origin
 import cattrs
 import yaml
 from cattrs.gen import make_dict_structure_fn
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
 
 from embsearch_plugin import data, models
 from embsearch_plugin.algorithms.base import AlgorithmConfig
@@ -33,6 +35,11 @@ class Fused:
     optimizer: str = "EXACT_ROWWISE_ADAGRAD"
     learning_rate: float = 0.05
 
+    def __post_init__(self) -> None:
+        if self.optimizer not in EmbOptimType.__members__:
+            known = list(EmbOptimType.__members__)
+            raise ValueError(f"unknown optimizer {self.optimizer!r}.{did_you_mean(self.optimizer, known)}")
+
 
 @dataclass(frozen=True)
 class Train:
@@ -41,7 +48,8 @@ class Train:
     Args:
         batch_size: examples per step.
         epochs: at most so many passes over the training split.
-        patience: stop after so many epochs without a better validation loss; the best epoch's weights are kept.
+        patience: so many epochs without a better validation loss are put up with, the next one ends the training; the best
+            epoch's weights are kept.
         lr: learning rate of Adam.
         l2: weight of the squared looked-up embeddings (after gates), summed per example, in the loss.
         fused: put the tables on fused kernels with an optimizer of their own.
@@ -81,15 +89,17 @@ class Search:
     def __post_init__(self) -> None:
         if not self.budgets:
             raise ValueError("budgets must hold at least one budget")
-        for budget in self.budgets:
-            Budget.of(budget)
-        if len(set(self.budgets)) < len(self.budgets):
+        amounts = [(budget.unit, budget.share is None, budget.amount) for budget in map(Budget.of, self.budgets)]
+        if len(set(amounts)) < len(amounts):
             raise ValueError(f"budgets must differ from each other; got {list(self.budgets)}")
 
     @property
     def methods(self) -> dict[str, AlgorithmConfig]:
         """The algorithm and its baselines by name; where two share a name, their settings tell them apart."""
-        configs = list(dict.fromkeys([self.algorithm, *self.baselines]))
+        configs: list[AlgorithmConfig] = []
+        for config in (self.algorithm, *self.baselines):
+            if config not in configs:  # another package's config may have a field that cannot be hashed
+                configs.append(config)
         names = [config.name for config in configs]
         return {config.name if names.count(config.name) == 1 else _described(config): config for config in configs}
 
@@ -103,7 +113,7 @@ class Tune:
 
     Args:
         l2: values of ``train.l2``.
-        lr: values of ``train.lr``.
+        lr: values of ``train.lr``; fused tables have a rate of their own, which stays as it is.
     """
 
     l2: tuple[float, ...] = ()
@@ -144,8 +154,7 @@ class Recipe:
 
 def _described(config: AlgorithmConfig) -> str:
     """Name a config by its name and what was set otherwise than by default."""
-    default = type(config)()
-    settings = [f"{f.name}={getattr(config, f.name)}" for f in fields(config) if vars(config)[f.name] != vars(default)[f.name]]
+    settings = [f"{f.name}={getattr(config, f.name)}" for f in fields(config) if getattr(config, f.name) != f.default]
     return f"{config.name} ({', '.join(settings)})" if settings else config.name
 
 
@@ -253,8 +262,13 @@ def _list_only(structure: Callable[[Any, Any], Any]) -> Callable[[object, object
 
 
 def _strictly(value: object, cls: type) -> object:
-    """Take no value for another type's, save an int for a float: ``bool("no")`` would be true."""
+    """Take no value for another type's: ``bool("no")`` would be true.
+
+    For a float, an int will do, and ``1e-3``, which YAML takes for a text because it has no point.
+    """
     if cls is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if cls is float and isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?e[+-]?\d+", value, re.IGNORECASE):
         return float(value)
     if type(value) is not cls:
         raise TypeError(f"expected {cls.__name__}, got {value!r}")

@@ -7,32 +7,37 @@ recipe's trials, all of them the same; the one with the best validation loss is 
 seeds use it. The test split is read once, at the end, by the cells that were chosen.
 """
 
+import fcntl
 import json
-import os
-import platform
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import ndiff
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from embsearch_plugin.budget import Budget
-from embsearch_plugin.cells import CELL, CHECKPOINTS, COURSE, DENSE, Cells, Row, slug
-from embsearch_plugin.data.dataset import Dataset
-from embsearch_plugin.errors import RunFolderError
+from embsearch_plugin.cells import CHECKPOINTS, DENSE, Cells, Row
+from embsearch_plugin.collection import Table
+from embsearch_plugin.data.dataset import Dataset, Split
+from embsearch_plugin.errors import DataError, NonFiniteLoss, RunFolderError
 from embsearch_plugin.files import write_json, write_text
+from embsearch_plugin.machine import machine, versions
 from embsearch_plugin.plan import SizePlan
 from embsearch_plugin.plugins import find_collections, manager
+from embsearch_plugin.randomness import private_random
 from embsearch_plugin.recipes import Recipe, to_plain, to_yaml
 from embsearch_plugin.report.page import write_report
 from embsearch_plugin.saving import PLAN
 from embsearch_plugin.training import Watcher
 
+RECIPE, DATA = "recipe.yaml", "cells/data.json"
 Place = tuple[str, str | None]
 """A method and a budget; the dense model has none."""
 
@@ -44,29 +49,40 @@ def run(recipe: Recipe, folder: Path, *, resume: bool = False, watcher: Watcher 
     ``metrics.json`` and ``report.html``. A run that was killed goes on at the last epoch of the cell it was in.
 
     Raises:
-        RunFolderError: where the folder is not empty and ``resume`` is not given, or holds another recipe's run.
+        RunFolderError: where the folder is not empty and ``resume`` is not given, where it holds another recipe's run or one
+            on other data, or while another process runs in it.
+        NonFiniteLoss: where the dense model diverges in every trial.
     """
-    _open_folder(recipe, folder, resume)
-    matrix = Matrix(recipe, folder, recipe.data.load(), watcher or Watcher())
-    chosen = matrix.choose()
-    rows = matrix.cells(chosen)
-    metrics = {
-        "recipe": to_plain(recipe),
-        "versions": _versions(),
-        "machine": {"cpus": os.cpu_count(), "threads": torch.get_num_threads(), "platform": platform.platform()},
-        "algorithm": next(iter(recipe.search.methods)),
-        "original_bytes": next(row["bytes"] for row in rows if row["method"] == DENSE),
-        "budgets": [],
+    check_folder(recipe, folder, resume)
+    data = recipe.data.load()
+    with opened(recipe, folder, data):
+        matrix = Matrix(recipe, folder, data, watcher or Watcher())
+        matrix.check()
+        chosen = matrix.train_trials()
+        matrix.train_other_seeds(chosen)
+        metrics = _metrics(matrix, chosen)
+        write_json(folder / "metrics.json", metrics)
+        write_report(folder)
+        for checkpoints in folder.glob(f"cells/**/{CHECKPOINTS}"):  # every cell is finished
+            shutil.rmtree(checkpoints)
+    return metrics
+
+
+def _metrics(matrix: "Matrix", chosen: dict[Place, int]) -> dict[str, Any]:
+    rows = matrix.rows(chosen)
+    return {
+        "recipe": to_plain(matrix.recipe),
+        "versions": versions(),
+        "machine": machine(),
+        "algorithm": next(iter(matrix.recipe.search.methods)),
+        "original_bytes": matrix.original_bytes,
+        "budgets": [
+            {"text": text, "bytes": Budget.of(text).limit(matrix.original_bytes)} for text in matrix.recipe.search.budgets
+        ],
         "cells": rows,
         "course": matrix.course(chosen),
         "rows": matrix.plugin_rows(rows),
     }
-    metrics["budgets"] = [_budget(text, metrics["original_bytes"]) for text in recipe.search.budgets]
-    write_json(folder / "metrics.json", metrics)
-    write_report(folder)
-    for checkpoints in folder.glob(f"cells/**/{CHECKPOINTS}"):  # every cell is finished
-        shutil.rmtree(checkpoints)
-    return metrics
 
 
 @dataclass(frozen=True)
@@ -83,26 +99,44 @@ class Matrix:
         settings = self.recipe.tune.trials()[trial]
         return Cells(self.recipe, self.data, seed, settings, trial, self.folder, self.watcher, lambda: self._frequencies)
 
-    def choose(self) -> dict[Place, int]:
-        """Train all trials from the first seed; return, for each method and budget, the number of the best on validation."""
-        first, trials = self.recipe.seeds[0], range(len(self.recipe.tune.trials()))
-        rows = {(place, trial): self._cell(self.at(first, trial), place) for trial in trials for place in self._places()}
-        return {place: min(trials, key=lambda trial: _loss(rows[place, trial])) for place in self._places()}
+    def check(self) -> None:
+        """Find what cannot work before hours are spent.
 
-    def cells(self, chosen: dict[Place, int]) -> list[Row]:
-        """Train the chosen trials from the other seeds; return all cells, with the test metrics of the chosen ones."""
+        Raises:
+            SpaceError: where the space does not fit the tables.
+            DataError: where a split holds no examples.
+        """
+        for table in self._tables:
+            self.recipe.search.space.dims(table.dim)
+        for split in get_args(Split):
+            if not any(len(batch.labels) for batch in islice(self.data.batches(split, 1), 1)):
+                raise DataError(f"every split must hold examples; {split!r} holds none. Try: more data, or other fractions.")
+
+    def train_trials(self) -> dict[Place, int]:
+        """Train all trials from the first seed; return, for each method and budget, the number of the best on validation."""
+        first = [self.at(self.recipe.seeds[0], trial) for trial in self._trials]
+        dense = [cells.get(DENSE, None) for cells in first]
+        if all(row["status"] != "done" for row in dense):
+            raise NonFiniteLoss(
+                f"the dense model diverged in every trial, so there is nothing to compare with. {dense[0]['reason']}"
+            )
+        losses = {(place, cells.number): _loss(cells.get(*place)) for cells in first for place in self._places()}
+        return {place: min(self._trials, key=lambda trial: losses[place, trial]) for place in self._places()}
+
+    def train_other_seeds(self, chosen: dict[Place, int]) -> None:
+        """Train what was chosen from the other seeds."""
         for seed in self.recipe.seeds[1:]:
             for place, trial in chosen.items():
-                self._cell(self.at(seed, trial), place)
-        return [self._finished(cells, place, chosen) for cells, place in self._recorded()]
+                self.at(seed, trial).get(*place)
+
+    def rows(self, chosen: dict[Place, int]) -> list[Row]:
+        """Return all cells, place by place, with the test metrics of the chosen ones; reads the test split."""
+        return [self._row(cells, place, chosen[place]) for cells, place in self._finished()]
 
     def course(self, chosen: dict[Place, int]) -> list[dict[str, float]]:
         """Return the recorded search steps of the recipe's algorithm: first seed, first budget, the trial chosen there."""
         method, budget = next(iter(self.recipe.search.methods)), self.recipe.search.budgets[0]
-        shared = self.at(self.recipe.seeds[0], chosen[method, budget]).folder / slug(method)
-        found = [path for path in (shared / COURSE, shared / slug(budget) / COURSE) if path.exists()]
-        course: list[dict[str, float]] = json.loads(found[0].read_text(encoding="utf-8")) if found else []
-        return course
+        return self.at(self.recipe.seeds[0], chosen[method, budget]).course(method, budget)
 
     def plugin_rows(self, rows: list[Row]) -> dict[str, str]:
         """Return what plugins have to say about the plan of the recipe's algorithm, at the first budget that has one."""
@@ -111,11 +145,21 @@ class Matrix:
         found = manager().hook.embsearch_report_rows(plan=SizePlan.load(plans[0])) if plans else []
         return {label: text for some in found for label, text in some.items()}
 
+    @property
+    def original_bytes(self) -> int:
+        """Weight bytes of the dense model's tables."""
+        return sum(table.size_bytes for table in self._tables)
+
+    @cached_property
+    def _tables(self) -> list[Table]:
+        with private_random(0):
+            found = find_collections(self.recipe.model.build(self.data.schema))
+        return [table for each in found for table in each.tables]
+
     @cached_property
     def _frequencies(self) -> dict[str, Tensor]:
         """How often each row occurs in the training split, by table: one pass over it."""
-        found = find_collections(self.recipe.model.build(self.data.schema))
-        counts = {table: torch.zeros(table.rows, dtype=torch.int64) for each in found for table in each.tables}
+        counts = {table: torch.zeros(table.rows, dtype=torch.int64) for table in self._tables}
         for batch in self.data.batches("train", self.recipe.train.batch_size):
             bags = batch.sparse_features.to_dict()
             for table in counts:
@@ -123,28 +167,28 @@ class Matrix:
                     counts[table] += torch.bincount(bags[feature].values(), minlength=table.rows)
         return {str(table): count for table, count in counts.items()}
 
+    @property
+    def _trials(self) -> range:
+        return range(len(self.recipe.tune.trials()))
+
     def _places(self) -> Iterator[Place]:
         yield DENSE, None
         for method in self.recipe.search.methods:
             for budget in self.recipe.search.budgets:
                 yield method, budget
 
-    def _cell(self, cells: Cells, place: Place) -> Row:
-        method, budget = place
-        return cells.dense() if budget is None else cells.compact(method, budget)
-
-    def _recorded(self) -> Iterator[tuple[Cells, Place]]:
+    def _finished(self) -> Iterator[tuple[Cells, Place]]:
         """Yield every cell that was trained, place by place."""
-        for method, budget in self._places():
+        for place in self._places():
             for seed in self.recipe.seeds:
-                for trial in range(len(self.recipe.tune.trials())):
+                for trial in self._trials:
                     cells = self.at(seed, trial)
-                    if (cells.folder / slug(method) / slug(budget or "") / CELL).exists():
-                        yield cells, (method, budget)
+                    if cells.has(*place):
+                        yield cells, place
 
-    def _finished(self, cells: Cells, place: Place, chosen: dict[Place, int]) -> Row:
-        row = self._cell(cells, place)
-        counts = chosen[place] == cells.number and row["status"] == "done"
+    def _row(self, cells: Cells, place: Place, chosen: int) -> Row:
+        row = cells.get(*place)
+        counts = chosen == cells.number and row["status"] == "done"
         return row | {"chosen": counts, "test": cells.test(row) if counts else None}
 
 
@@ -153,31 +197,51 @@ def _loss(row: Row) -> float:
     return float(row["validation"]["log_loss"]) if row["status"] == "done" else float("inf")
 
 
-def _budget(text: str, original_bytes: int) -> dict[str, Any]:
-    return {"text": text, "bytes": Budget.of(text).limit(original_bytes)}
+def check_folder(recipe: Recipe, folder: Path, resume: bool) -> None:
+    """Make sure that ``folder`` is new, or holds a run of ``recipe`` that is to go on.
+
+    Raises:
+        RunFolderError: saying what is there.
+    """
+    written = folder / RECIPE
+    if resume and not written.exists():
+        raise RunFolderError(f"{folder} holds no run to go on with.\n  Possible solution: leave out --resume, or mend --out.")
+    if not resume and folder.exists() and any(folder.iterdir()):
+        raise RunFolderError(
+            f"the run folder {folder} exists already and is not empty; nothing in it was touched.\n  Possible solutions: "
+            "1) --resume, to go on with a run that was stopped  2) another --out  3) remove the folder."
+        )
+    if resume and (differing := _differing(written.read_text(encoding="utf-8"), to_yaml(recipe))):
+        raise RunFolderError(
+            f"{folder} holds a run of another recipe or other overrides, so it cannot be resumed with this one; there "
+            f"and here: {differing}.\n  Possible solution: give the same recipe and overrides, or another --out."
+        )
 
 
-def _open_folder(recipe: Recipe, folder: Path, resume: bool) -> None:
-    written = folder / "recipe.yaml"
-    if folder.exists() and any(folder.iterdir()):
-        if not resume:
-            raise RunFolderError(
-                f"the run folder {folder} exists already and is not empty; nothing in it was touched.\n  Possible solutions: "
-                "1) --resume, to go on with a run that was stopped  2) another --out  3) remove the folder."
-            )
-        if not written.exists() or written.read_text(encoding="utf-8") != to_yaml(recipe):
-            raise RunFolderError(
-                f"{folder} holds a run of another recipe or other overrides, so it cannot be resumed with this one.\n"
-                "  Possible solution: give the same recipe and overrides, or another --out."
-            )
-    write_text(written, to_yaml(recipe))
+def _differing(there: str, here: str) -> str:
+    lines = [line for line in ndiff(there.splitlines(), here.splitlines()) if line[:1] in "+-"]
+    return "; ".join(" ".join(line.split()) for line in lines[:6])
 
 
-def _versions() -> dict[str, str]:
-    versions = {}
-    for name in ("embsearch-plugin", "torch", "torchrec", "fbgemm-gpu"):
+@contextmanager
+def opened(recipe: Recipe, folder: Path, data: Dataset) -> Iterator[None]:
+    """Write down what is run, and on which data, and keep other processes out.
+
+    Raises:
+        RunFolderError: where another process runs in the folder, or the data is not what it was.
+    """
+    written, fingerprint = folder / RECIPE, {"fingerprint": data.fingerprint()}
+    if not written.exists():
+        write_json(folder / DATA, fingerprint)
+        write_text(written, to_yaml(recipe))
+    with written.open() as file:
         try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "unknown"
-    return versions
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go of when the process ends, however it does
+        except BlockingIOError:
+            raise RunFolderError(f"another process is running in {folder}; wait for it, or give another --out.") from None
+        if json.loads((folder / DATA).read_text(encoding="utf-8")) != fingerprint:
+            raise RunFolderError(
+                f"the data is not what it was when the run in {folder} began, so results could not be compared.\n"
+                "  Possible solution: give another --out, or put the data back."
+            )
+        yield

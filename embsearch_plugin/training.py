@@ -1,7 +1,6 @@
 """Training one model to convergence, in a way that can be killed and resumed."""
 
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from embsearch_plugin.errors import NonFiniteLoss, SessionError
 from embsearch_plugin.evaluation import evaluate
 from embsearch_plugin.files import read_state, write_state
 from embsearch_plugin.fused import FusedEmbeddingBags
+from embsearch_plugin.machine import clock
 from embsearch_plugin.recipes import Train
 from embsearch_plugin.search.session import Session
 
@@ -77,14 +77,22 @@ class Stage:
     @property
     def best(self) -> int:
         """The epoch, from 0, with the best validation loss among those that count."""
-        losses = [row["log_loss"] or math.inf for row in self.history]
+        losses = [math.inf if row["log_loss"] is None else row["log_loss"] for row in self.history]
         return min(range(self.first_ready, len(losses)), key=losses.__getitem__, default=-1)
 
     @property
     def converged(self) -> bool:
-        """Whether the validation loss has stopped improving, or the epochs are used up."""
-        trained = len(self.history) - 1  # the first row is the model as it came
-        return trained >= self.options.epochs or (self.best >= 0 and trained - self.best > self.options.patience)
+        """Whether the validation loss has stopped improving."""
+        return self.best >= 0 and self._trained - self.best > self.options.patience
+
+    @property
+    def over(self) -> bool:
+        """Whether it has converged, or the epochs are used up."""
+        return self.converged or self._trained >= self.options.epochs
+
+    @property
+    def _trained(self) -> int:
+        return len(self.history) - 1  # the first row is the model as it came
 
 
 def converge(stage: Stage, watcher: Watcher) -> list[Epoch]:
@@ -94,19 +102,17 @@ def converge(stage: Stage, watcher: Watcher) -> list[Epoch]:
     everything is written to the stage's checkpoint, so that a killed run goes on at the next epoch.
 
     Returns:
-        A row per epoch: seconds, train loss, and the validation metrics. On a CPU the seconds are the processor's, so that
-        other work on the machine does not count; on an accelerator they are the clock's on the wall.
+        A row per epoch: seconds (by :func:`embsearch_plugin.machine.clock`), train loss, and the validation metrics.
 
     Raises:
-        NonFiniteLoss: where the training loss is NaN or infinite; the checkpoint of the epoch before is kept.
+        NonFiniteLoss: where the training or the validation loss is NaN or infinite.
     """
     watcher.stage(stage.title, len(stage.train) if hasattr(stage.train, "__len__") else None)
     if stage.checkpoint.exists():
         _resume(stage)
     else:
         _close_epoch(stage, watcher, {"epoch": 0, "seconds": 0.0, "train_loss": None})
-    while not stage.converged:
-        clock = _clock(stage.model)
+    while not stage.over:
         started = clock()
         loss = train_epoch(stage, watcher.step)
         row: Epoch = {"epoch": len(stage.history), "seconds": clock() - started, "train_loss": loss}
@@ -119,11 +125,6 @@ def converge(stage: Stage, watcher: Watcher) -> list[Epoch]:
         )
     _restore(stage, best_path(stage.checkpoint))
     return stage.history
-
-
-def _clock(model: nn.Module) -> Callable[[], float]:
-    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
-    return time.process_time if on_cpu else time.perf_counter
 
 
 def train_epoch(stage: Stage, stepped: Callable[[], None] = lambda: None) -> float:
@@ -143,7 +144,7 @@ def train_epoch(stage: Stage, stepped: Callable[[], None] = lambda: None) -> flo
                 raise NonFiniteLoss(
                     f"the training loss must be a number; got {float(loss.detach())} in step {steps} of epoch "
                     f"{len(stage.history)} of {stage.title}.\n  Possible solutions: 1) a lower train.lr  2) look for NaN in "
-                    "the data. The run folder holds the epoch before; resume with --resume."
+                    "the data."
                 )
             stepped()
     return total / max(steps, 1)
@@ -177,6 +178,11 @@ def outermost_collections(module: nn.Module) -> Iterable[nn.Module]:
 
 def _close_epoch(stage: Stage, watcher: Watcher, row: Epoch) -> None:
     row |= evaluate(stage.model, stage.validation)
+    if not math.isfinite(row["log_loss"] or 0.0):
+        raise NonFiniteLoss(
+            f"the validation loss must be a number; got {row['log_loss']} after epoch {row['epoch']} of {stage.title}.\n"
+            "  Possible solutions: 1) a lower train.lr  2) look for NaN in the validation data."
+        )
     stage.history.append(row)
     if stage.session is not None:
         row["search_steps"] = stage.session.search_steps

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embsearch_plugin.budget import Budget, Option, TableOptions, allocate, human_bytes
-from embsearch_plugin.errors import BudgetError
+from embsearch_plugin.errors import AllocationError, BudgetError
 
 # Budgets.
 
@@ -256,7 +256,9 @@ def test_a_budget_that_nothing_fits() -> None:
 
 @pytest.mark.parametrize("utility", [float("nan"), float("inf")])
 def test_a_worth_that_is_no_number_is_refused(utility: float) -> None:
-    with pytest.raises(BudgetError, match=f"must be a finite number; got {utility} for dim 4.*\n.*training may have diverged"):
+    with pytest.raises(
+        AllocationError, match=f"must be a finite number; got {utility} for dim 4.*\n.*training may have diverged"
+    ):
         Option(4, 16, utility)
 
 

@@ -73,7 +73,9 @@ def test_all_problems_are_listed_at_once() -> None:
         ({}, "required field 'algorithm' is missing"),
         ({"algorithm": "dnis", "budgets": "10%"}, "expected a list, got '10%' @ recipe.search.budgets"),
         ({"algorithm": "dnis", "budgets": []}, "budgets must hold at least one"),
-        ({"algorithm": "dnis", "budgets": ["10%", "10%"]}, "budgets must differ"),
+        ({"algorithm": "dnis", "budgets": ["10%", "+10.0%"]}, "budgets must differ"),
+        ({"algorithm": "dnis", "budgets": ["1KiB", "1024 b"]}, "budgets must differ"),
+        ({"algorithm": {"name": "uniform", "dim": 0}}, "dim must be at least 1; got 0"),
         ({"algorithm": "dnis", "baselines": ["unifrm"]}, "unknown name 'unifrm'. Did you mean 'uniform'?"),
     ],
 )
@@ -110,6 +112,7 @@ def test_overrides_that_make_no_sense(override: str) -> None:
     ("more", "message"),
     [
         ({"seeds": []}, "seeds must hold at least one"),
+        ({"train": {"fused": {"optimizer": "EXACT_SGDD"}}}, "unknown optimizer 'EXACT_SGDD'. Did you mean 'EXACT_SGD'"),
         ({"seeds": [1, 1]}, "no one twice"),
         ({"seeds": [-1]}, "each 0 or more"),
         ({"tune": {"l2": [0.1, -1.0]}}, "l2 at least 0"),
@@ -125,3 +128,11 @@ def test_every_combination_is_tried_once_and_nothing_where_nothing_is_tuned() ->
     assert Tune().trials() == [{}]
     assert Tune(l2=(0.1, 0.2)).trials() == [{"l2": 0.1}, {"l2": 0.2}]
     assert Tune(l2=(0.1, 0.2), lr=(1.0,)).trials() == [{"l2": 0.1, "lr": 1.0}, {"l2": 0.2, "lr": 1.0}]
+
+
+def test_numbers_that_yaml_takes_for_text_are_numbers() -> None:
+    recipe = load_recipe(RECIPES[0], ["train.lr=1e-3", "tune.l2=[5E-4, 1]"])
+    assert recipe.train.lr == 1e-3
+    assert recipe.tune.l2 == (5e-4, 1.0)
+    with pytest.raises(RecipeError, match="expected float, got '1e'"):
+        load_recipe(RECIPES[0], ["train.lr='1e'"])

@@ -22,7 +22,8 @@ from embsearch_plugin.data.planted import Planted
 from embsearch_plugin.errors import NonFiniteLoss
 from embsearch_plugin.evaluation import evaluate
 from embsearch_plugin.recipes import Fused, Recipe, Tune, load_recipe
-from embsearch_plugin.run import run
+from embsearch_plugin.report.text import results_markdown
+from embsearch_plugin.run import opened, run
 from embsearch_plugin.training import Epoch, Watcher
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -104,7 +105,8 @@ def test_the_test_split_is_read_once_by_each_chosen_cell_when_all_training_is_do
     batches = TabularDataset.batches
 
     def spy(self: TabularDataset, split: Split, batch_size: int, *, seed: int | None = None) -> TabularBatches:
-        read.append(split)
+        if batch_size > 1:  # not the look whether there is anything in it
+            read.append(split)
         return batches(self, split, batch_size, seed=seed)
 
     monkeypatch.setattr(TabularDataset, "batches", spy)
@@ -194,9 +196,71 @@ def test_a_folder_that_exists_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("precious")
     with pytest.raises(es.EmbsearchError, match="exists already and is not empty; nothing in it was touched"):
         run(small(), tmp_path)
-    with pytest.raises(es.EmbsearchError, match="a run of another recipe"):
-        run(small(), tmp_path, resume=True)
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(es.EmbsearchError, match="holds no run to go on with"):
+            run(small(), folder, resume=True)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_run_goes_on_with_its_own_recipe_and_data_only_and_alone(tmp_path: Path) -> None:
+    recipe = small(train={"epochs": 1})
+    with pytest.raises(Killed):
+        run(recipe, tmp_path, watcher=KilledAfter(3))
+    with pytest.raises(es.EmbsearchError, match="another recipe.*; there and here: - lr: 0.003; [+] lr: 0.5"):
+        run(small(train={"epochs": 1, "lr": 0.5}), tmp_path, resume=True)
+    with opened(recipe, tmp_path, DATA.load()), pytest.raises(es.EmbsearchError, match="another process is running in"):
+        run(recipe, tmp_path, resume=True)
+    (tmp_path / "cells/data.json").write_text('{"fingerprint": "of other data"}')
+    with pytest.raises(es.EmbsearchError, match="the data is not what it was"):
+        run(recipe, tmp_path, resume=True)
+
+
+def test_a_cell_that_was_deleted_is_trained_and_tested_anew(tmp_path: Path) -> None:
+    recipe = small(train={"epochs": 1})
+    run(recipe, tmp_path)
+    before = timeless(tmp_path)
+    cell = tmp_path / "cells/seed-0/trial-0/magnitude/50%"
+    (cell / "cell.json").unlink()
+    (cell / "test.json").write_text('{"auc": 1.0, "log_loss": 0.0}')
+    run(recipe, tmp_path, resume=True)
+    assert timeless(tmp_path) == before
+    (cell / "cell.json").write_text('{"met')
+    with pytest.raises(es.EmbsearchError, match="cell.json is damaged: .*\n.*delete it"):
+        run(recipe, tmp_path, resume=True)
+
+
+def test_a_trial_that_diverges_loses_and_the_run_goes_on(tmp_path: Path) -> None:
+    metrics = run(small(train={"epochs": 2}, tune=Tune(lr=(0.003, 1e30))), tmp_path)
+    for method in ("dense", "dnis", "uniform", "magnitude"):
+        good, bad = by_place(metrics, method=method)
+        assert good["chosen"] and good["status"] == "done"
+        assert bad["status"] == "diverged" and "must be a number" in bad["reason"]
+    assert "the dense model it starts from" in by_place(metrics, method="magnitude")[1]["reason"]
+
+
+def test_what_did_not_converge_is_said(tmp_path: Path) -> None:
+    metrics = run(small(train={"epochs": 1}), tmp_path)
+    assert {cell["method"]: cell["capped"] for cell in metrics["cells"]} == {
+        "dense": ["dense"],
+        "dnis": ["search", "fine-tune"],
+        "uniform": ["train"],
+        "magnitude": ["dense", "fine-tune"],
+    }
+    assert "dnis at 50%: not converged, fine-tune, search ended at the last epoch allowed" in results_markdown(metrics)
+
+
+@pytest.mark.parametrize(
+    ("search", "data", "message"),
+    [
+        ({"space": es.SearchSpace(column_chunks=(3, 3))}, {}, "sum to the table's dim 8"),
+        ({}, {"examples": 3}, "'validation' holds none"),
+    ],
+)
+def test_what_cannot_work_is_found_before_anything_is_trained(
+    search: dict[str, object], data: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(es.EmbsearchError, match=message):
+        run(replace(small(search), data=replace(DATA, **data)), tmp_path, watcher=KilledAfter(1))
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_its_checkpoint(tmp_path: Path) -> None:
@@ -206,7 +270,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_its_checkpoint(tmp_pat
             data.dense[data.splits["train"][0]] = float("nan")
             return data
 
-    with pytest.raises(NonFiniteLoss, match="in step .* of epoch 1 of dense"):
+    with pytest.raises(NonFiniteLoss, match="diverged in every trial.* in step .* of epoch 1 of dense"):
         run(replace(small(), data=Broken(**vars(DATA))), tmp_path)
     assert (tmp_path / "cells/seed-0/trial-0/dense/checkpoints/dense.safetensors").exists()
 

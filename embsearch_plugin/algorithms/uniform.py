@@ -34,6 +34,11 @@ class Uniform(AlgorithmConfig):
     warm_up: int = 0
     dim: int | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dim is not None and self.dim < 1:
+            raise ValueError(f"dim must be at least 1; got {self.dim}")
+
     @property
     def trains(self) -> bool:
         """Sizes are known before any training."""

@@ -1,14 +1,10 @@
 """The benchmark as a whole: what is run, in which order, and how it is printed."""
 
-import platform
 from collections.abc import Callable
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
-import torch
 from rich import box
 from rich.console import Console, Group
 from rich.table import Table
@@ -17,6 +13,7 @@ from embsearch_plugin.bench.memory import peak_bytes, stored_bytes
 from embsearch_plugin.bench.timing import Row, growth, lookups, model_steps
 from embsearch_plugin.bench.workload import Workload
 from embsearch_plugin.budget import human_bytes
+from embsearch_plugin.machine import machine, versions
 
 BAGS = (1, 10)
 SWEEP = {"tables": 8, "batch": 1024}
@@ -47,39 +44,13 @@ def run(work: Workload, repeats: int, sweep: tuple[int, ...], say: Callable[[str
         rows[str(number)] = growth(work.alike(rows=number, **SWEEP), repeats)
     return {
         "machine": machine(),
+        "versions": versions(),
         "workload": asdict(work),
         "times": [row.to_json() for row in times],
         "bytes": stored_bytes(work),
         "peak_bytes": peaks,
         "rows": rows,
     }
-
-
-def machine() -> dict[str, Any]:
-    """Say what it runs on."""
-    packages = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu")
-    return {
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-        "clock": "CPU time of the process" if torch.get_num_threads() == 1 else "wall clock",
-        "versions": {name: found for name in packages if (found := _version(name))},
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def show(found: dict[str, Any], console: Console) -> None:
@@ -90,10 +61,10 @@ def show(found: dict[str, Any], console: Console) -> None:
 
 def _head(found: dict[str, Any]) -> str:
     work, on = found["workload"], found["machine"]
-    versions = ", ".join(f"{name} {number}" for name, number in on["versions"].items())
+    packages = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     return (
         f"DLRM, {work['tables']} tables of {work['rows']:,} x {work['dim']}, batch {work['batch']}\n"
-        f"{on['processor']}, {on['threads']} thread(s); {versions}; times: {on['clock']}"
+        f"{on['processor']}, {on['threads']} thread(s); {packages}; times: {on['clock']}"
     )
 
 

@@ -1,7 +1,6 @@
 """Times of steps and lookups, taken in turn, so that whatever else the machine does meets all of them alike."""
 
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from embsearch_plugin.bench.workload import FOUR_WIDTHS, FUSED, TWO_WIDTHS, Work
 from embsearch_plugin.compact.collection import CompactEmbeddingBagCollection
 from embsearch_plugin.compact.rewrite import compact_form
 from embsearch_plugin.fused import FusedEmbeddingBags
+from embsearch_plugin.machine import clock
 from embsearch_plugin.plugins import find_collections
 from embsearch_plugin.space import cut_tables
 
@@ -46,11 +46,6 @@ class Row:
     def to_json(self) -> dict[str, Any]:
         """Return it as plain data."""
         return {**asdict(self), "ratio": self.ratio}
-
-
-def clock() -> float:
-    """Return seconds: the process's own with one thread, whatever others do on the machine; otherwise the wall clock's."""
-    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def medians(steps: Mapping[str, Step], batches: Sequence[Batch], repeats: int) -> dict[str, float]:

@@ -4,6 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
@@ -65,6 +66,10 @@ class Dataset(ABC):
     schema: Schema
 
     @abstractmethod
+    def fingerprint(self) -> str:
+        """Return a text that changes when the data does: a run that is resumed must go on with the same."""
+
+    @abstractmethod
     def batches(self, split: Split, batch_size: int, *, seed: int | None = None) -> Batches:
         """Return one split in batches of ``batch_size`` examples, shuffled if a seed (0 or more) is given."""
 
@@ -107,6 +112,13 @@ class TabularDataset(Dataset):
         self.ids = ids
         self.labels = labels
         self.splits = splits
+
+    def fingerprint(self) -> str:
+        """Return a hash of everything, splits included."""
+        digest = sha256(repr(self.schema).encode())
+        for tensor in (self.dense, self.ids, self.labels, *(self.splits[split] for split in sorted(self.splits))):
+            digest.update(np.ascontiguousarray(tensor.numpy()).data)
+        return digest.hexdigest()
 
     def batches(self, split: Split, batch_size: int, *, seed: int | None = None) -> "TabularBatches":
         """Return one split in batches; their ``len()`` is known."""

@@ -37,9 +37,7 @@ def _sentence(budget: Budget, found: list[Result], algorithm: str) -> str:
     if metric is None:
         names = _listed([result.method for result in tested])
         return f"At {budget.text}, {names} cannot be compared: no test metric is defined for all."
-    missing = "".join(
-        f"; {result.method} is {result.missing}" for result in found if result.method == algorithm and result.missing
-    )
+    missing = "".join(f"; {result.method} is {result.missing}" for result in found if result.missing)
     over = "".join(
         f" But {result.method} is {human_bytes(result.excess)} over the budget." for result in tested if result.excess > 0
     )
@@ -75,6 +73,8 @@ def _verdict(tested: list[Result], metric: Metric, algorithm: str) -> str:
         return f"no clear winner: {best} has {figure}, and {names} {verb} {relation}{rest}"
     if not others:
         return f"only {best} has a result, {figure}"
+    if leader.spread is None:
+        return f"{best} is ahead with {figure}, {trailing}"
     return f"{best} wins with {figure}, {trailing}"
 
 

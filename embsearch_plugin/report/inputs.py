@@ -54,6 +54,7 @@ class Cell:
     test: Score | None
     stages: dict[str, list[dict[str, Any]]]
     folder: str
+    capped: list[str] = field(default_factory=list)  # stages that ended because the epochs were used up
 
     @property
     def done(self) -> bool:

@@ -54,13 +54,15 @@ def result_rows(metrics: Metrics) -> list[Row]:
 
 
 def footnotes(metrics: Metrics) -> list[str]:
-    """Return why models have no figures, a line for each reason of each result."""
+    """Return why models have no figures, and which did not converge: a line for each reason of each result."""
     notes: list[str] = []
     for result in results(metrics):
         missing = [(cell.status, _reason(cell)) for cell in result.cells if not cell.done]
         at = result.method + (f" at {result.budget.text}" if result.budget else "")
         some = "" if len(missing) == len(result.cells) else f", {len(missing)} of its {len(result.cells)} models"
         notes += [f"{at}{some}: {status}, {reason}" for status, reason in dict.fromkeys(missing)]
+        capped = sorted({stage for cell in result.chosen for stage in cell.capped})
+        notes += [f"{at}: not converged, {', '.join(capped)} ended at the last epoch allowed"] if capped else []
     return notes
 
 
