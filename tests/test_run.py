@@ -253,7 +253,7 @@ def test_what_did_not_converge_is_said(tmp_path: Path) -> None:
     ("search", "data", "message"),
     [
         ({"space": es.SearchSpace(column_chunks=(3, 3))}, {}, "sum to the table's dim 8"),
-        ({}, {"examples": 3}, "'validation' holds none"),
+        ({}, {"examples": 3}, "'test' holds none"),
     ],
 )
 def test_what_cannot_work_is_found_before_anything_is_trained(
