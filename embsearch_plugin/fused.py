@@ -132,8 +132,13 @@ class FusedEmbeddingBags(EmbeddingBagCollectionInterface):
         return {name: state for group in self._groups for name, state in group.states()}
 
     def kernel_state(self) -> dict[str, Any]:
-        """Return what the kernels hold besides weights: optimizer state per table, and step counters."""
-        counters = [[k.iter.clone(), k.iter_cpu.clone()] if hasattr(k, "iter") else [] for k in self.kernels]
+        """Return what the kernels hold besides weights, by table however these are dealt: optimizer state, step counters."""
+        counters = {
+            name: [group.kernel.iter.clone(), group.kernel.iter_cpu.clone()]
+            for group in self._groups
+            if hasattr(group.kernel, "iter")
+            for name in group.names
+        }
         return {"optimizer": self.optimizer_states(), "counters": counters}
 
     @torch.no_grad()
@@ -142,10 +147,11 @@ class FusedEmbeddingBags(EmbeddingBagCollectionInterface):
         for table, tensors in self.optimizer_states().items():
             for name, tensor in tensors.items():
                 tensor.copy_(state["optimizer"][table][name])
-        for kernel, counters in zip(self.kernels, state["counters"], strict=True):
-            if counters:
-                kernel.iter.copy_(counters[0])
-                kernel.iter_cpu.copy_(counters[1])
+        for group in self._groups:
+            if hasattr(group.kernel, "iter"):
+                steps, steps_cpu = state["counters"][group.names[0]]
+                group.kernel.iter.copy_(steps)
+                group.kernel.iter_cpu.copy_(steps_cpu)
 
 
 class _Group:

@@ -119,6 +119,15 @@ def test_the_test_split_is_read_once_by_each_chosen_cell_when_all_training_is_do
     assert read.count("test") == len(chosen)
 
 
+def test_pruning_goes_on_with_the_optimizer_state_of_fused_tables(tmp_path: Path) -> None:
+    """A search deals wide tables to several kernels, and the dense model has them on one."""
+    wide = replace(small().model, embedding_dim=128)
+    metrics = run(small({"baselines": (Magnitude(),)}, {"fused": Fused(), "epochs": 1}, model=wide), tmp_path)
+    (dense,), (pruned,) = (by_place(metrics, method=method) for method in ("dense", "magnitude"))
+    at_first = pruned["stages"]["fine-tune"][0]["log_loss"]
+    assert at_first == pytest.approx(dense["validation"]["log_loss"], abs=0.05)
+
+
 def test_methods_that_share_a_name_are_told_apart_by_their_settings() -> None:
     methods = replace(small().search, baselines=(Uniform(), Magnitude(), ITERATIVE)).methods
     assert list(methods) == ["dnis", "uniform", "magnitude", "magnitude (warm_up=0, every=2, rounds=2)"]
