@@ -56,6 +56,9 @@ class Dlrm:
 class DeepFm:
     """TorchRec's ``SimpleDeepFMNN``.
 
+    Its factorization machine flattens all rows of an example into one vector of F x D entries and squares their one sum: rows
+    interact through the sums of their entries, not through dot products as in Rendle (2010) and the DeepFM paper.
+
     Args:
         embedding_dim: D of every table.
         hidden_layer: width of the dense arch's hidden layer.
