@@ -134,8 +134,8 @@ def bench(rows: int, batch: int, repeats: int, threads: int, sweep: str, file: P
 def list_(what: str) -> None:
     """List the algorithms, the adapters, or the recipes in the folder recipes/."""
     if what == "recipes":
-        for path in sorted(Path("recipes").glob("*.yaml")):
-            click.echo(f"{path}\n    {_first_comment(path)}")
+        paths = sorted(Path("recipes").glob("*.yaml"))
+        click.echo("\n".join(f"{path}\n    {_first_comment(path)}" for path in paths) or "no recipes/*.yaml in this folder")
         return
     stack.require()
     from embsearch_plugin.plugins import adapters, algorithms

@@ -315,6 +315,8 @@ def test_doctor_and_lists() -> None:
     assert "All good" in CliRunner().invoke(main, ["doctor"]).output
     assert "dnis" in CliRunner().invoke(main, ["list", "algorithms"]).output
     assert "torchrec_ebc" in CliRunner().invoke(main, ["list", "adapters"]).output
+    with CliRunner().isolated_filesystem():
+        assert "no recipes/*.yaml in this folder" in CliRunner().invoke(main, ["list", "recipes"]).output
 
 
 def test_importing_the_package_is_light() -> None:
