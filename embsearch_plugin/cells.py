@@ -3,7 +3,7 @@
 What several cells need is trained once and kept beside them: the dense model, and a search that serves every budget.
 
     dense/                    the model as it is, trained to convergence
-    METHOD/search             the searched model, where one search serves every budget
+    METHOD/                   the searched model's checkpoints and course, where one search serves every budget
     METHOD/BUDGET/            the compact model, trained on: plan.json, model.safetensors, cell.json
 
 A cell that is finished has a ``cell.json``, and is never trained again. One that was stopped goes on at its last epoch.
@@ -117,10 +117,11 @@ class Cells:
 
     def _train_dense(self) -> Row:
         model = self._build()
+        collections = find_collections(model)
+        size = sum(table.size_bytes for found in collections for table in found.tables)
         if self._train.fused:
-            for found in find_collections(model):
+            for found in collections:
                 found.replace_in(model, FusedEmbeddingBags(found.module, fused_params(self._train.fused)))
-        size = sum(table.size_bytes for found in find_collections(self._build()) for table in found.tables)
         stage = self._stage(DENSE, model, self._optimizer(model), self.folder / DENSE)
         converge(stage, self.watcher)
         write_state(self.folder / DENSE / WEIGHTS, model.state_dict())

@@ -76,6 +76,10 @@ class DataError(EmbsearchError):
     """A data file is missing or malformed; file, line and column are named."""
 
 
+class StateError(EmbsearchError, ValueError):
+    """A file of saved state is not whole."""
+
+
 class RunFolderError(EmbsearchError):
     """A run folder exists already, or holds something else than the run it should."""
 

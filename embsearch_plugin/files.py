@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from embsearch_plugin.errors import StateError
+
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
@@ -60,14 +62,16 @@ def read_state(path: Path) -> Any:
     """Read what :func:`write_state` wrote.
 
     Raises:
-        ValueError: where the file is not whole, or not of that form.
+        StateError: where the file is not whole, or not of that form.
     """
     try:
         with safe_open(path, framework="pt") as file:
             structure = json.loads((file.metadata() or {})["structure"])
             return _unpack(structure, {key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a whole state file ({error})") from error
+        raise StateError(
+            f"{path} is not a whole state file ({error}).\n  Possible solution: delete it; what it holds is then made anew."
+        ) from error
 
 
 def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
@@ -105,6 +106,6 @@ class Workload:
         with torch.device("meta"):
             return self.model()
 
-    def alike(self, **changes: int | bool) -> "Workload":
+    def alike(self, **changes: Any) -> "Workload":
         """Return it with some values changed."""
-        return replace(self, **changes)  # type: ignore[arg-type]
+        return replace(self, **changes)
