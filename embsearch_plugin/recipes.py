@@ -78,13 +78,13 @@ class Search:
         algorithm: the algorithm's name and settings.
         baselines: the algorithms it is compared with, under the same budgets, seeds and trials.
         budgets: how large all tables may be, as text: "10%" or "2GiB".
-        space: how tables are cut, for all of them.
+        space: how tables are cut, for all of them; by default as suits each.
     """
 
     algorithm: AlgorithmConfig
     baselines: tuple[AlgorithmConfig, ...] = (Uniform(), Magnitude())
     budgets: tuple[str, ...] = ("10%",)
-    space: SearchSpace = field(default_factory=SearchSpace)
+    space: SearchSpace | None = None
 
     def __post_init__(self) -> None:
         if not self.budgets:

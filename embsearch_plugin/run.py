@@ -106,8 +106,9 @@ class Matrix:
             SpaceError: where the space does not fit the tables.
             DataError: where a split holds no examples.
         """
-        for table in self._tables:
-            self.recipe.search.space.dims(table.dim)
+        for config in self.recipe.search.methods.values():
+            for table in self._tables:
+                config.space(self.recipe.search.space).dims(table.dim)
         for split in get_args(Split):
             if not any(len(batch.labels) for batch in islice(self.data.batches(split, 1), 1)):
                 raise DataError(f"every split must hold examples; {split!r} holds none. Try: more data, or other fractions.")

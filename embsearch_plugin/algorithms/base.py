@@ -4,6 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
+from embsearch_plugin.collection import Table
+from embsearch_plugin.space import SearchSpace
+from embsearch_plugin.supernet.forms import Form
+
 
 class Algorithm(Protocol):
     """A plugin of one session: implements ``embsearch_search_start``, ``_search_step`` and ``_derive``, perhaps more.
@@ -57,6 +61,14 @@ class AlgorithmConfig:
     def least_search_steps(self) -> int:
         """How many search steps it takes until a plan is what it is meant to be."""
         return 1
+
+    def space(self, given: SearchSpace | None) -> SearchSpace:
+        """Return how tables are cut, given what the user asked for, if anything."""
+        return given or SearchSpace()
+
+    def form(self, table: Table) -> Form | None:
+        """Return what is to follow a table's lookup, the same kind for every table; ``None`` for its gated rows."""
+        return None
 
     def build(self) -> Algorithm:
         """Return a new algorithm for one session."""
