@@ -84,6 +84,7 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self._configs = list(configs)
         self._weighted: bool = inner.is_weighted()
         self.slots = slots_of(inner.embedding_bag_configs())  # as looked up, W columns each
+        self._widths = [config.embedding_dim for config in inner.embedding_bag_configs()]
         self.output_dims = [slot.dim for slot in slots_of(configs)]
         self._features = list(dict.fromkeys(slot.feature for slot in self.slots))
         self.counts: list[Tensor] | None = None  # per table (V,), while ids are counted
@@ -123,10 +124,11 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
 
     def set_blocks(self, blocks: Sequence[RowBlocks], device: torch.device) -> None:
         """Say which row is in which block. Gates start at one; later calls keep them."""
-        widths = [config.embedding_dim for config in self.inner.embedding_bag_configs()]
         self._blocks = [cut.lookup().to(device) for cut in blocks]
         if self._pieces is None and not self.weighs:
-            self._gates = [torch.ones(len(cut.sizes), width, device=device) for width, cut in zip(widths, blocks, strict=True)]
+            self._gates = [
+                torch.ones(len(b.sizes), width, device=device) for width, b in zip(self._widths, blocks, strict=True)
+            ]
         self._pieces = _Pieces(self.slots, [len(cut.sizes) for cut in blocks])
 
     def set_gates(self, gates: Sequence[Tensor]) -> None:
@@ -142,7 +144,7 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     def row_gates(self, table: int) -> Tensor:
         """Return the gates that multiply a table's rows, float32 (S, W); one where its form weighs candidates instead."""
         gates = self._gates[table]
-        return gates.new_ones(len(gates), self.table_weight(table).shape[1]) if self.weighs else gates
+        return gates.new_ones(len(gates), self._widths[table]) if self.weighs else gates
 
     def form_parameters(self, table: int) -> list[nn.Parameter]:
         """Return the parameters of a table's form."""
