@@ -12,6 +12,7 @@ from embsearch_plugin import stack
 if TYPE_CHECKING:
     from embsearch_plugin.algorithms.dnis import Dnis
     from embsearch_plugin.algorithms.magnitude import Magnitude
+    from embsearch_plugin.algorithms.spectral import Spectral
     from embsearch_plugin.algorithms.uniform import Uniform
     from embsearch_plugin.budget import Budget
     from embsearch_plugin.decorator import prepare, searchable, session
@@ -30,6 +31,7 @@ _HOMES = {
     "SearchSpace": "space",
     "Session": "search.session",
     "SizePlan": "plan",
+    "Spectral": "algorithms.spectral",
     "Uniform": "algorithms.uniform",
     "apply": "saving",
     "hookimpl": "hookspecs",
@@ -48,6 +50,7 @@ __all__ = [
     "SearchSpace",
     "Session",
     "SizePlan",
+    "Spectral",
     "Uniform",
     "apply",
     "hookimpl",

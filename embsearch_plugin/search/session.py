@@ -153,11 +153,12 @@ class Session:
         return [move(batch, self._tables.device) for batch in self._validation.first(count)]
 
     def row_gradients(self, batch: Any) -> list[Tensor]:
-        """Return the gradients of the loss, summed over examples, with respect to looked-up rows: per table float32 (n, D).
+        """Return rows whose outer products add up to the mean of g g^T over the batch's examples: per table float32 (n, D).
 
-        A row of the result stands for a bag that is not empty. Its square is the sum over the bag's ids, of which each
-        has the gradient of the bag's output (divided by their number, where a table is averaged); weights of ids are not
-        looked at. The loss is taken to be a mean over examples. Leaves no trace in the model.
+        g is the gradient of an example's loss with respect to a looked-up row, summed over its lookups in g g^T; the loss is
+        taken to be a mean over examples. There is a row for each bag that is not empty: all its ids have the gradient of
+        the bag's output (divided by their number, where a table is averaged). Weights of ids are not looked at. Leaves no
+        trace in the model.
         """
         with self._own_forward(), self._tables.capturing() as captured:
             outcome = outcome_of(self._objective, self.model, batch)

@@ -377,7 +377,7 @@ class Captured:
         parts = gradient.float().split(self.supernet.output_dims, 1)
         for slot, part in zip(self.supernet.slots, parts, strict=True):
             length = lengths[slot.feature]
-            scale = length.float().pow(-0.5 if slot.mean else 0.5) * len(self.values)
+            scale = (length.float().pow(-1 if slot.mean else 1) * len(self.values)).sqrt()
             yield slot.table, (part * scale[:, None])[length > 0]
 
 
