@@ -4,7 +4,7 @@ Data sets name their task (``schema.task``); training, runs and reports know no 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -43,8 +43,8 @@ class Task:
     name: str
     metrics: tuple[Metric, ...]
     loss: Metric
-    objective: Callable[[Tensor, Tensor], Tensor]
-    measure: Callable[[Tensor, Tensor], Score]
+    objective: Callable[[Tensor, Tensor], Tensor] = field(repr=False)  # an address, which no fingerprint must have
+    measure: Callable[[Tensor, Tensor], Score] = field(repr=False)
 
 
 AUC = Metric("auc", "AUC", 1)

@@ -81,6 +81,7 @@ def test_a_task_measures_what_it_names_and_a_better_answer_is_better(task: Task)
     better = labels + 0.5 * (worse - labels)
     bad, good = task.measure(worse, labels), task.measure(better, labels)
     assert set(bad) == set(good) == {metric.key for metric in task.metrics}
+    assert "0x" not in repr(task)  # it is part of what runs are resumed by
     assert task.loss in task.metrics and task.loss.sign == -1
     assert all(metric.sign * (good[metric.key] - bad[metric.key]) > 0 for metric in task.metrics)
     assert float(task.objective(worse, labels)) == pytest.approx(bad[task.loss.key], rel=1e-5)
