@@ -31,7 +31,7 @@ from embsearch_plugin.fused import FusedEmbeddingBags
 from embsearch_plugin.hookspecs import hookimpl
 from embsearch_plugin.plan import SizePlan
 from embsearch_plugin.plugins import find_collections
-from embsearch_plugin.recipes import Fused, Recipe, Train
+from embsearch_plugin.recipes import OPTIMIZERS, Fused, Recipe, Train
 from embsearch_plugin.saving import PLAN, WEIGHTS, load, save
 from embsearch_plugin.search.session import Session
 from embsearch_plugin.tasks import Score
@@ -225,7 +225,7 @@ class Cells:
 
     def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """Return the loop's optimizer; fused tables are not its concern, and it leaves them alone."""
-        return torch.optim.Adam(model.parameters(), lr=self._train.lr)
+        return OPTIMIZERS[self._train.optimizer](model.parameters(), lr=self._train.lr)
 
     def _stage(
         self, name: str, model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, title: str = "", **more: Any

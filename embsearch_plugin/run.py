@@ -78,13 +78,16 @@ def _metrics(matrix: "Matrix", chosen: dict[Place, int]) -> dict[str, Any]:
         "algorithm": next(iter(matrix.recipe.search.methods)),
         "task": matrix.data.schema.task.name,
         "original_bytes": matrix.original_bytes,
-        "budgets": [
-            {"text": text, "bytes": Budget.of(text).limit(matrix.original_bytes)} for text in matrix.recipe.search.budgets
-        ],
+        "budgets": [{"text": text, "bytes": _bytes(text, matrix.original_bytes)} for text in matrix.recipe.search.budgets],
         "cells": rows,
         "course": matrix.course(chosen),
         "rows": matrix.plugin_rows(rows),
     }
+
+
+def _bytes(text: str, original: int) -> int | None:
+    budget = Budget.of(text)
+    return budget.limit(original) if budget.unit == "bytes" else None
 
 
 @dataclass(frozen=True)

@@ -141,6 +141,8 @@ def train_epoch(stage: Stage, stepped: Callable[[], None] = lambda: None) -> flo
             loss, _ = stage.model(batch)
             penalty = sum((values.square().sum() / max(len(values), 1) for values in embeddings), torch.zeros(()))
             (loss + stage.options.l2 * penalty if stage.options.l2 else loss).backward()
+            if stage.options.clip_norm is not None:
+                nn.utils.clip_grad_norm_(stage.model.parameters(), stage.options.clip_norm)
             stage.optimizer.step()
             total, steps = total + float(loss.detach()), steps + 1
             if not math.isfinite(total):
