@@ -9,6 +9,7 @@ seeds use it. The test split is read once, at the end, by the cells that were ch
 
 import fcntl
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,14 +76,18 @@ def _metrics(matrix: "Matrix", chosen: dict[Place, int]) -> dict[str, Any]:
         "versions": versions(),
         "machine": machine(),
         "algorithm": next(iter(matrix.recipe.search.methods)),
+        "task": matrix.data.schema.task.name,
         "original_bytes": matrix.original_bytes,
-        "budgets": [
-            {"text": text, "bytes": Budget.of(text).limit(matrix.original_bytes)} for text in matrix.recipe.search.budgets
-        ],
+        "budgets": [{"text": text, "bytes": _bytes(text, matrix.original_bytes)} for text in matrix.recipe.search.budgets],
         "cells": rows,
         "course": matrix.course(chosen),
         "rows": matrix.plugin_rows(rows),
     }
+
+
+def _bytes(text: str, original: int) -> int | None:
+    budget = Budget.of(text)
+    return budget.limit(original) if budget.unit == "bytes" else None
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,7 @@ class Matrix:
             raise NonFiniteLoss(
                 f"the dense model diverged in every trial, so there is nothing to compare with. {dense[0]['reason']}"
             )
-        losses = {(place, cells.number): _loss(cells.get(*place)) for cells in first for place in self._places()}
+        losses = {(place, cells.number): self._loss(cells.get(*place)) for cells in first for place in self._places()}
         return {place: min(self._trials, key=lambda trial: losses[place, trial]) for place in self._places()}
 
     def train_other_seeds(self, chosen: dict[Place, int]) -> None:
@@ -192,10 +197,10 @@ class Matrix:
         counts = chosen == cells.number and row["status"] == "done"
         return row | {"chosen": counts, "test": cells.test(row) if counts else None}
 
-
-def _loss(row: Row) -> float:
-    """Return the validation loss that trials are compared by; infeasible cells come last."""
-    return float(row["validation"]["log_loss"]) if row["status"] == "done" else float("inf")
+    def _loss(self, row: Row) -> float:
+        """Return the validation loss that trials are compared by; infeasible cells come last."""
+        loss = self.data.schema.task.loss.of(row["validation"])
+        return math.inf if loss is None else loss
 
 
 def check_folder(recipe: Recipe, folder: Path, resume: bool) -> None:
