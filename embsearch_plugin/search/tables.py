@@ -44,7 +44,7 @@ class SearchedTables:
         self.supernets = [cast(SearchableEmbeddingBagCollection, build_supernet(f, space)) for f in self.found]
         self.specs: list[Table] = [table for found in self.found for table in found.tables]
         if fused is not None:
-            _check_widths(self.specs, space)
+            check_fused_widths(self.specs, space)
         for supernet in self.supernets:
             supernet.fused_params = fused
         self.blocks: list[RowBlocks] | None = None
@@ -173,7 +173,12 @@ def refuse_ties(model: nn.Module, found: FoundCollection) -> None:
             )
 
 
-def _check_widths(specs: Sequence[Table], space: SearchSpace) -> None:
+def check_fused_widths(specs: Sequence[Table], space: SearchSpace) -> None:
+    """Make sure that fused kernels can store the tables, whole and cut.
+
+    Raises:
+        SpaceError: naming the table they cannot.
+    """
     for spec in specs:
         if spec.dim % 4 or space.align % 4:
             raise SpaceError(
