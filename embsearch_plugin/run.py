@@ -36,6 +36,7 @@ from embsearch_plugin.randomness import private_random
 from embsearch_plugin.recipes import Recipe, to_plain, to_yaml
 from embsearch_plugin.report.page import write_report
 from embsearch_plugin.saving import PLAN
+from embsearch_plugin.search.tables import check_fused_widths
 from embsearch_plugin.training import Watcher
 
 RECIPE, DATA = "recipe.yaml", "cells/data.json"
@@ -108,12 +109,15 @@ class Matrix:
         """Find what cannot work before hours are spent.
 
         Raises:
-            SpaceError: where the space does not fit the tables.
+            SpaceError: where the space, or fused kernels, do not fit the tables.
             DataError: where a split holds no examples.
         """
         for config in self.recipe.search.methods.values():
+            space = config.space(self.recipe.search.space)
             for table in self._tables:
-                config.space(self.recipe.search.space).dims(table.dim)
+                space.dims(table.dim)
+            if self.recipe.train.fused:
+                check_fused_widths(self._tables, space)
         for split in get_args(Split):
             if not any(len(batch.labels) for batch in islice(self.data.batches(split, 1), 1)):
                 raise DataError(f"every split must hold examples; {split!r} holds none. Try: more data, or other fractions.")

@@ -21,6 +21,7 @@ from embsearch_plugin.data.dataset import Split, TabularBatches, TabularDataset
 from embsearch_plugin.data.planted import Planted
 from embsearch_plugin.errors import NonFiniteLoss
 from embsearch_plugin.evaluation import evaluate
+from embsearch_plugin.models.fm import Fm
 from embsearch_plugin.models.neumf import NeuMf
 from embsearch_plugin.recipes import OPTIMIZERS, Fused, Recipe, Tune, load_recipe
 from embsearch_plugin.report.text import results_markdown
@@ -293,17 +294,19 @@ def test_what_did_not_converge_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("search", "data", "message"),
+    ("change", "message"),
     [
-        ({"space": es.SearchSpace(column_chunks=(3, 3))}, {}, "sum to the table's dim 8"),
-        ({}, {"examples": 3}, "'test' holds none"),
+        ({"search": {"space": es.SearchSpace(column_chunks=(3, 3))}}, "sum to the table's dim 8"),
+        ({"data": replace(DATA, examples=3)}, "'test' holds none"),
+        ({"model": Fm(8), "train": {"fused": Fused()}}, "widths that are multiples of 4; table .* has dim 1"),
+        ({"model": NeuMf(8)}, "must know a user's fields from an item's"),
     ],
 )
-def test_what_cannot_work_is_found_before_anything_is_trained(
-    search: dict[str, object], data: dict[str, object], message: str, tmp_path: Path
-) -> None:
+def test_what_cannot_work_is_found_before_anything_is_trained(change: dict[str, object], message: str, tmp_path: Path) -> None:
+    recipe = small(change.get("search"), change.get("train"))
+    whole = {name: change[name] for name in ("data", "model") if name in change}
     with pytest.raises(es.EmbsearchError, match=message):
-        run(replace(small(search), data=replace(DATA, **data)), tmp_path, watcher=KilledAfter(1))
+        run(replace(recipe, **whole), tmp_path, watcher=KilledAfter(1))
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_its_checkpoint(tmp_path: Path) -> None:
