@@ -1,8 +1,12 @@
 """What every algorithm's config shares, and what an algorithm is."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
+
+from embsearch_plugin.budget import Budget
+from embsearch_plugin.collection import Table
+from embsearch_plugin.space import SearchSpace
 
 
 class Algorithm(Protocol):
@@ -27,6 +31,7 @@ class AlgorithmConfig:
         :attr:`trains`: whether the model trains while sizes are searched.
         :attr:`searches_within_budget`: whether one search serves one budget only.
         :attr:`least_search_steps`: a plan may be derived after so many.
+        :meth:`candidates`: the allocations it tries, each by a training of its own.
 
     Args:
         warm_up: weight steps before the first search step. Ids are counted meanwhile (and after it: ranks are refreshed
@@ -57,6 +62,17 @@ class AlgorithmConfig:
     def least_search_steps(self) -> int:
         """How many search steps it takes until a plan is what it is meant to be."""
         return 1
+
+    def candidates(self, tables: Sequence[Table], budget: Budget, space: SearchSpace) -> Sequence["AlgorithmConfig"]:
+        """Return the allocations that are tried within a budget, at least one; by default itself alone.
+
+        A reference run trains a model for each and keeps the one that is best on validation. One session is one allocation:
+        :meth:`build` must serve for a config with several candidates too, and take one of them.
+
+        Raises:
+            BudgetError: where none is within the budget.
+        """
+        return [self]
 
     def build(self) -> Algorithm:
         """Return a new algorithm for one session."""

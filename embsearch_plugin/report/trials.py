@@ -1,6 +1,8 @@
 """How each result's training settings were chosen: the validation log loss of every trial."""
 
-from embsearch_plugin.report.inputs import Metrics
+import math
+
+from embsearch_plugin.report.inputs import Cell, Metrics
 from embsearch_plugin.report.numbers import UNDEFINED, measure
 from embsearch_plugin.report.results import AUC, LOG_LOSS, Result, results, trial_text
 from embsearch_plugin.report.rows import Figure
@@ -23,9 +25,10 @@ def _name(result: Result) -> str:
 
 def _figure(result: Result, trial: str) -> Figure:
     first = result.cells[0].seed
-    cell = next((cell for cell in result.cells if cell.seed == first and trial_text(cell.trial) == trial), None)
-    if cell is None:
+    cells = [cell for cell in result.cells if cell.seed == first and trial_text(cell.trial) == trial]
+    if not cells:
         return Figure(UNDEFINED)
+    cell = min(cells, key=_loss)  # of the allocations that were tried
     if not cell.done:
         return Figure(cell.status, cell.reason or "")
     loss, auc = LOG_LOSS.of(cell.validation), AUC.of(cell.validation)
@@ -34,3 +37,8 @@ def _figure(result: Result, trial: str) -> Figure:
         "" if auc is None else f"validation AUC {measure(auc)}",
         any(other.trial == cell.trial for other in result.chosen),
     )
+
+
+def _loss(cell: Cell) -> float:
+    loss = LOG_LOSS.of(cell.validation)
+    return math.inf if loss is None else loss
