@@ -8,8 +8,8 @@ share budget ** (k / n) of the bytes, so that each round removes the same part o
 
 Differences from Han et al.:
     * Embedding tables only.
-    * What is kept is chosen by one exact allocation, or one threshold, over all tables within a budget. They prune each layer by
-      a threshold of its own, a hand-tuned factor times the standard deviation of its weights.
+    * What is kept is chosen by one exact allocation, or one threshold, over all tables within a budget. They prune each layer
+      by a threshold of its own, a hand-tuned factor times the standard deviation of its weights.
     * (Row block, column) pairs by default; ``fine_grained`` prunes single weights as they do, but in one shot only.
     * Fine-tuning keeps the learning rate of the training, where they lower it; a recipe's ``tune`` tries several.
 """
