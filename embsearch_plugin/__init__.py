@@ -11,7 +11,10 @@ from embsearch_plugin import stack
 
 if TYPE_CHECKING:
     from embsearch_plugin.algorithms.dnis import Dnis
+    from embsearch_plugin.algorithms.grid import Grid
     from embsearch_plugin.algorithms.magnitude import Magnitude
+    from embsearch_plugin.algorithms.mde import Mde
+    from embsearch_plugin.algorithms.random import Random
     from embsearch_plugin.algorithms.spectral import Spectral
     from embsearch_plugin.algorithms.uniform import Uniform
     from embsearch_plugin.budget import Budget
@@ -27,7 +30,10 @@ _HOMES = {
     "Budget": "budget",
     "Dnis": "algorithms.dnis",
     "EmbsearchError": "errors",
+    "Grid": "algorithms.grid",
     "Magnitude": "algorithms.magnitude",
+    "Mde": "algorithms.mde",
+    "Random": "algorithms.random",
     "SearchSpace": "space",
     "Session": "search.session",
     "SizePlan": "plan",
@@ -46,7 +52,10 @@ __all__ = [
     "Budget",
     "Dnis",
     "EmbsearchError",
+    "Grid",
     "Magnitude",
+    "Mde",
+    "Random",
     "SearchSpace",
     "Session",
     "SizePlan",

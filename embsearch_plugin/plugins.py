@@ -17,7 +17,10 @@ from embsearch_plugin.supernet.forms import Form
 
 BUILTIN = (
     "embsearch_plugin.algorithms.dnis",
+    "embsearch_plugin.algorithms.grid",
     "embsearch_plugin.algorithms.magnitude",
+    "embsearch_plugin.algorithms.mde",
+    "embsearch_plugin.algorithms.random",
     "embsearch_plugin.algorithms.spectral",
     "embsearch_plugin.algorithms.uniform",
     "embsearch_adapters.torchrec_ebc",

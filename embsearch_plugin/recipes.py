@@ -172,8 +172,12 @@ class Recipe:
 
 def _described(config: AlgorithmConfig) -> str:
     """Name a config by its name and what was set otherwise than by default."""
-    settings = [f"{f.name}={getattr(config, f.name)}" for f in fields(config) if getattr(config, f.name) != f.default]
-    return f"{config.name} ({', '.join(settings)})" if settings else config.name
+    return f"{config.name} ({', '.join(settings(config))})" if settings(config) else config.name
+
+
+def settings(config: AlgorithmConfig) -> list[str]:
+    """Return what was set otherwise than by default, as ``name=value``."""
+    return [f"{f.name}={getattr(config, f.name)}" for f in fields(config) if getattr(config, f.name) != f.default]
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

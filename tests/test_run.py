@@ -32,7 +32,18 @@ from embsearch_plugin.training import Epoch, Watcher
 RECIPES = Path(__file__).parents[1] / "recipes"
 SMALL = ["train.batch_size=256", "train.epochs=2", "search.algorithm.warm_up=5", "model.embedding_dim=8"]
 ONE_CELL_EACH = ["train.epochs=1", "search.budgets=[50%]", "seeds=[0]", "tune={}"]
-
+FEW_ALLOCATIONS = {
+    "baselines": [
+        "search.algorithm.temperatures=[0.4]",
+        "search.baselines=[uniform, {name: grid, dims: [1, 2]}, {name: random, draws: 2}, {name: random, by: block, draws: 2}, "
+        "magnitude, {name: magnitude, rounds: 2, warm_up: 5, every: 5}, {name: magnitude, fine_grained: true}]",
+    ],
+    "grid": ["search.algorithm.dims=[1, 2, 4]"],
+    "random": ["search.algorithm.draws=2", "search.baselines=[{name: random, by: block, draws: 2}]"],
+    "mde": ["search.algorithm.temperatures=[0.2, 0.8]", "search.algorithm.block_counts=[1, 3]"],
+    "magnitude": ["search.algorithm.every=5"],
+}
+"""Overrides for recipes of many trainings, by the last part of their name."""
 
 DATA = Planted(examples=4000, fields=4, rows=(60,), ranks=(2, 2, 1, 0), n_dense=3)
 ITERATIVE = Magnitude(rounds=2, every=2, warm_up=0)
@@ -185,6 +196,51 @@ def test_a_search_that_serves_every_budget_is_run_once_and_one_that_does_not_for
     assert one["stages"]["search"][0]["log_loss"] == pytest.approx(dense["validation"]["log_loss"], abs=1e-5)
 
 
+def test_of_several_allocations_the_best_on_validation_is_kept_and_used_for_the_other_seeds(tmp_path: Path) -> None:
+    search = {"algorithm": es.Random(draws=3), "baselines": (es.Grid(dims=(1, 2, 4)), Uniform()), "budgets": ("50%", "12.5%")}
+    search["space"] = es.SearchSpace(align=1)
+    metrics = run(small(search, {"epochs": 1}, tune=Tune(lr=(0.001, 0.01)), seeds=(0, 1)), tmp_path)
+    tried = {"random": ["draw=0", "draw=1", "draw=2"], "uniform": [""]}
+    for budget in ("50%", "12.5%"):
+        tried["grid"] = ["dim=1", "dim=2", "dim=4"] if budget == "50%" else ["dim=1"]
+        for method, allocations in tried.items():
+            cells = by_place(metrics, method=method, budget=budget)
+            first = [cell for cell in cells if cell["seed"] == 0]
+            assert [(c["trial"]["lr"], c["allocation"]) for c in first] == [
+                (lr, a) for lr in (0.001, 0.01) for a in allocations
+            ]
+            best = min(first, key=lambda cell: cell["validation"]["log_loss"])
+            chosen = [cell for cell in cells if cell["chosen"]]
+            assert [cell["seed"] for cell in chosen] == [0, 1] and len(cells) == len(first) + 1
+            assert {(cell["allocation"], cell["trial"]["lr"]) for cell in chosen} == {(best["allocation"], best["trial"]["lr"])}
+            assert all((cell["test"] is None) != cell["chosen"] for cell in cells)
+            assert all(cell["bytes"] <= es.Budget.of(budget).limit(metrics["original_bytes"]) for cell in cells)
+            one, two = (json.loads((tmp_path / cell["folder"] / "plan.json").read_text())["tables"] for cell in chosen)
+            assert [table["blocks"] for table in one] == [table["blocks"] for table in two]
+
+
+def test_a_grid_of_which_nothing_fits_is_infeasible(tmp_path: Path) -> None:
+    search = {"algorithm": es.Grid(dims=(4, 8)), "baselines": (Uniform(dim=2), Uniform(dim=8)), "budgets": ("25%",)}
+    metrics = run(small(search, {"epochs": 1}), tmp_path)
+    (grid,), (over,) = (by_place(metrics, method=method) for method in ("grid", "uniform (dim=8)"))
+    assert grid["status"] == over["status"] == "infeasible"
+    assert "smaller dims (the grid has [4, 8])" in grid["reason"] and "dim 8 needs" in over["reason"]
+    assert by_place(metrics, method="uniform (dim=2)")[0]["bytes"] == metrics["original_bytes"] // 4
+
+
+def test_an_allocation_that_is_finished_is_never_trained_again(tmp_path: Path) -> None:
+    recipe = small({"algorithm": es.Random(draws=3), "baselines": ()}, {"epochs": 1})
+    whole = KilledAfter(10_000)
+    run(recipe, tmp_path / "whole", watcher=whole)
+    with pytest.raises(Killed):
+        run(recipe, tmp_path / "killed", watcher=KilledAfter(5))  # an epoch of the second draw: dense and draw=0 took four
+    rest = KilledAfter(10_000)
+    run(recipe, tmp_path / "killed", resume=True, watcher=rest)
+    assert whole.left == 10_000 - 4 * 2 and rest.left == 10_000 - 3
+    assert timeless(tmp_path / "killed") == timeless(tmp_path / "whole")
+    assert models(tmp_path / "killed") == models(tmp_path / "whole")
+
+
 class Killed(Exception):
     pass
 
@@ -323,12 +379,10 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_its_checkpoint(tmp_pat
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_runs_in_a_small_form(recipe: Path, tmp_path: Path) -> None:
-    overrides = [*SMALL, *ONE_CELL_EACH]
+    overrides = [*SMALL, *ONE_CELL_EACH, *FEW_ALLOCATIONS.get(recipe.stem.rpartition("_")[2], [])]
     if "ml1m" in recipe.stem:
         movielens.write_sample(tmp_path / "data")
         overrides.append(f"data.path={tmp_path / 'data'}")
-    if "magnitude" in recipe.stem:
-        overrides.append("search.algorithm.every=5")
     if "criteo" in recipe.stem:
         criteo.write_sample(tmp_path / "train.txt.gz", rows=3000)
         overrides += [f"data.path={tmp_path / 'train.txt.gz'}", "data.rows=500"]

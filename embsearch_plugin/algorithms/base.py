@@ -1,9 +1,10 @@
 """What every algorithm's config shares, and what an algorithm is."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
+from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import Table
 from embsearch_plugin.space import SearchSpace
 from embsearch_plugin.supernet.forms import Form
@@ -31,6 +32,7 @@ class AlgorithmConfig:
         :attr:`trains`: whether the model trains while sizes are searched.
         :attr:`searches_within_budget`: whether one search serves one budget only.
         :attr:`least_search_steps`: a plan may be derived after so many.
+        :meth:`candidates`: the allocations it tries, each by a training of its own.
 
     Args:
         warm_up: weight steps before the first search step. Ids are counted meanwhile (and after it: ranks are refreshed
@@ -69,6 +71,17 @@ class AlgorithmConfig:
     def form(self, table: Table) -> Form | None:
         """Return what is to follow a table's lookup, the same kind for every table; ``None`` for its gated rows."""
         return None
+
+    def candidates(self, tables: Sequence[Table], budget: Budget, space: SearchSpace) -> Sequence["AlgorithmConfig"]:
+        """Return the allocations that are tried within a budget, at least one; by default itself alone.
+
+        A reference run trains a model for each and keeps the one that is best on validation. One session is one allocation:
+        :meth:`build` must serve for a config with several candidates too, and take one of them.
+
+        Raises:
+            BudgetError: where none is within the budget.
+        """
+        return [self]
 
     def build(self) -> Algorithm:
         """Return a new algorithm for one session."""

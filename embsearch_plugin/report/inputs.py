@@ -27,10 +27,11 @@ class Budget:
 
 @dataclass(frozen=True)
 class Cell:
-    """One trained model: a method at a budget, from one seed, with one trial's training settings.
+    """One trained model: an allocation of a method at a budget, from one seed, with one trial's training settings.
 
     ``status`` is ``done``, or else the word for why there are no figures (``infeasible``), which ``reason`` explains.
-    The chosen cells of a method at a budget share one trial, differ in seed, and are the only ones that were tested.
+    The chosen cells of a method at a budget share one trial and one allocation, differ in seed, and are the only ones that
+    were tested.
     """
 
     method: str
@@ -48,6 +49,7 @@ class Cell:
     stages: dict[str, list[dict[str, Any]]]
     folder: str
     capped: list[str] = field(default_factory=list)  # stages that ended because the epochs were used up
+    allocation: str = ""  # what tells it from the others that the method tried; empty where it tries one
 
     @property
     def done(self) -> bool:
@@ -189,5 +191,7 @@ def _doubtful_groups(chosen: list[Cell]) -> Iterator[str]:
         name = f"{method} at {budget}" if budget else method
         if any(cell.trial != cells[0].trial for cell in cells):
             yield f"the chosen cells of {name} have different trials @ metrics.cells"
+        if any(cell.allocation != cells[0].allocation for cell in cells):
+            yield f"the chosen cells of {name} have different allocations @ metrics.cells"
         if len({cell.seed for cell in cells}) < len(cells):
             yield f"a seed of {name} is chosen twice @ metrics.cells"

@@ -20,7 +20,7 @@ class Result:
 
     @property
     def chosen(self) -> list[Cell]:
-        """The cells that are the result, one per seed. The others only helped to choose the trial."""
+        """The cells that are the result, one per seed. The others only helped to choose the trial and the allocation."""
         return [cell for cell in self.cells if cell.chosen]
 
     @property
@@ -39,6 +39,16 @@ class Result:
                 trials.append(cell.trial)
         return trials
 
+    @property
+    def tried(self) -> list[Cell]:
+        """What the result was chosen from: the models of all trials and allocations that were trained from the first seed."""
+        return [cell for cell in self.cells if cell.seed == self.cells[0].seed and cell.status != "infeasible"]
+
+    @property
+    def losers(self) -> list[Cell]:
+        """The other allocations that were tried with the chosen training settings."""
+        return [cell for cell in self.tried if self.chosen and cell.trial == self.chosen[0].trial and not cell.chosen]
+
     def test(self, metric: Metric) -> Estimate | None:
         """Return the estimate on the test split, or None where it is undefined."""
         return _estimate(metric, [cell.test for cell in self.chosen])
@@ -54,8 +64,12 @@ class Result:
 
     @property
     def seconds(self) -> Number:
-        """All training that a result costs, mean over seeds."""
-        return _mean(cell.seconds for cell in self.chosen)
+        """All training that a result costs, mean over seeds, and what the losing allocations cost.
+
+        What a loser that diverged has cost is not known, and not in it. Trials are not in it: all methods try the same.
+        """
+        mean = _mean(cell.seconds for cell in self.chosen)
+        return None if mean is None else mean + sum(cell.seconds or 0.0 for cell in self.losers)
 
     @property
     def excess(self) -> int:

@@ -36,9 +36,12 @@ def narrow_columns(metrics: Metrics) -> list[str]:
 
 
 def columns(metrics: Metrics) -> list[str]:
-    """Return the names of all columns; those of trials only if the run has any."""
+    """Return the names of all columns; those of allocations and of trials only if the run has several."""
+    several = ["allocation"] if any(cell.allocation for cell in metrics.cells) else []
     tuned = ["trial", "trials run"] if any(cell.trial for cell in metrics.cells) else []
-    return ["method", "budget", *map(_test, metrics.task.metrics), _val(metrics.task), *_COST, *tuned]
+    sizes, seeds = _COST[:-1], _COST[-1]
+    tests = map(_test, metrics.task.metrics)
+    return ["method", "budget", *tests, _val(metrics.task), *sizes, "training runs", seeds, *several, *tuned]
 
 
 def _test(metric: Metric) -> str:
@@ -96,7 +99,9 @@ def _row(result: Result, metrics: Metrics, reference: Result | None, seeds: int,
         "embedding bytes": _size(result),
         "of dense": Figure(UNDEFINED if result.size is None else percent(result.size, metrics.original_bytes)),
         "time / dense": _time(result, reference),
+        "training runs": Figure(str(len(result.tried)) if result.tried else UNDEFINED),
         "seeds": _seeds(result, seeds),
+        "allocation": _allocation(result, metrics.task),
         "trial": Figure(next((trial_text(cell.trial) for cell in result.chosen), "") or UNDEFINED),
         "trials run": Figure(str(len(result.trials)), "; ".join(filter(None, map(trial_text, result.trials)))),
     }
@@ -138,7 +143,18 @@ def _size(result: Result) -> Figure:
 
 def _time(result: Result, reference: Result | None) -> Figure:
     seconds = [None if cell.seconds is None else f"{cell.seconds:,.1f} s, {cell.epochs} epochs" for cell in result.chosen]
-    return Figure(ratio(result.seconds, reference.seconds if reference else None), _by_seed(result.chosen, seconds))
+    lost = [f"{len(result.losers)} losing allocations: {sum(cell.seconds or 0.0 for cell in result.losers):,.1f} s"]
+    exact = "; ".join([_by_seed(result.chosen, seconds), *(lost if result.losers else [])])
+    return Figure(ratio(result.seconds, reference.seconds if reference else None), exact)
+
+
+def _allocation(result: Result, task: Task) -> Figure:
+    """Return the chosen allocation; behind it the validation loss of all with the chosen training settings."""
+    if not result.chosen or not result.chosen[0].allocation:
+        return Figure(UNDEFINED)
+    known = [(cell, task.loss.of(cell.validation)) for cell in (result.chosen[0], *result.losers)]
+    losses = [f"{cell.allocation}: {cell.status if loss is None else measure(loss)}" for cell, loss in known]
+    return Figure(result.chosen[0].allocation, f"validation {task.loss.name}, {'; '.join(losses)}")
 
 
 def _seeds(result: Result, seeds: int) -> Figure:

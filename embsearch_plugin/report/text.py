@@ -12,7 +12,7 @@ from embsearch_plugin.report.rows import Figure, columns, footnotes, narrow_colu
 
 __all__ = ["results_markdown", "results_table"]
 
-_WORDS = {"method", "budget", "trial"}  # columns that hold words, at the left
+_WORDS = {"method", "budget", "allocation", "trial"}  # columns that hold words, at the left
 
 
 def results_table(metrics: Metrics | dict[str, Any]) -> Table:

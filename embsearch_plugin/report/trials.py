@@ -1,6 +1,8 @@
 """How each result's training settings were chosen: the validation loss of every trial."""
 
-from embsearch_plugin.report.inputs import Metrics
+import math
+
+from embsearch_plugin.report.inputs import Cell, Metrics
 from embsearch_plugin.report.numbers import UNDEFINED, measure
 from embsearch_plugin.report.results import Result, results, trial_text
 from embsearch_plugin.report.rows import Figure
@@ -24,9 +26,10 @@ def _name(result: Result) -> str:
 
 def _figure(result: Result, trial: str, task: Task) -> Figure:
     seed = result.cells[0].seed
-    cell = next((cell for cell in result.cells if cell.seed == seed and trial_text(cell.trial) == trial), None)
-    if cell is None:
+    cells = [cell for cell in result.cells if cell.seed == seed and trial_text(cell.trial) == trial]
+    if not cells:
         return Figure(UNDEFINED)
+    cell = min(cells, key=lambda cell: _loss(cell, task))  # of the allocations that were tried
     if not cell.done:
         return Figure(cell.status, cell.reason or "")
     loss, first = task.loss.of(cell.validation), task.metrics[0].of(cell.validation)
@@ -35,3 +38,8 @@ def _figure(result: Result, trial: str, task: Task) -> Figure:
         "" if first is None else f"validation {task.metrics[0].name} {measure(first)}",
         any(other.trial == cell.trial for other in result.chosen),
     )
+
+
+def _loss(cell: Cell, task: Task) -> float:
+    loss = task.loss.of(cell.validation)
+    return math.inf if loss is None else loss
