@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from embsearch_plugin.algorithms.magnitude import Magnitude
     from embsearch_plugin.algorithms.mde import Mde
     from embsearch_plugin.algorithms.random import Random
+    from embsearch_plugin.algorithms.spectral import Spectral
     from embsearch_plugin.algorithms.uniform import Uniform
     from embsearch_plugin.budget import Budget
     from embsearch_plugin.decorator import prepare, searchable, session
@@ -36,6 +37,7 @@ _HOMES = {
     "SearchSpace": "space",
     "Session": "search.session",
     "SizePlan": "plan",
+    "Spectral": "algorithms.spectral",
     "Uniform": "algorithms.uniform",
     "apply": "saving",
     "hookimpl": "hookspecs",
@@ -57,6 +59,7 @@ __all__ = [
     "SearchSpace",
     "Session",
     "SizePlan",
+    "Spectral",
     "Uniform",
     "apply",
     "hookimpl",

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import pairwise
 from math import isfinite
 from numbers import Integral
 
@@ -28,7 +29,10 @@ _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12} | 
     unit: 1024**power for power, unit in enumerate(("kib", "mib", "gib", "tib"), 1)
 }
 _NUMBER = r"([+-]?\d{1,30}(?:\.\d{1,30})?)"
-_HELP = 'Write "10%" (of the original tables\' weight bytes), es.Budget(bytes="2GiB") or es.Budget(params=390_000).'
+_HELP = (
+    'Write "10%" (of the original tables\' weight bytes), "2GiB" or "390000 params"; or es.Budget(bytes=...) or '
+    "es.Budget(params=...)."
+)
 
 
 @dataclass(frozen=True)
@@ -61,11 +65,13 @@ class Budget:
 
     @classmethod
     def of(cls, budget: "Budget | str") -> "Budget":
-        """Return ``budget`` itself, or the budget that a text such as ``"10%"`` or ``"2GiB"`` stands for."""
+        """Return ``budget`` itself, or the one that a text such as ``"10%"``, ``"2GiB"`` or ``"390000 params"`` stands for."""
         if isinstance(budget, Budget):
             return budget
         if not isinstance(budget, str):
             raise BudgetError(f"a budget is a text or an es.Budget; got {budget!r}. {_HELP}")
+        if counted := re.fullmatch(r"\s*(\d{1,30})\s*params\s*", budget):
+            return cls(params=int(counted[1]))
         return cls(share=budget) if budget.strip().endswith("%") else cls(bytes=budget)
 
     @property
@@ -154,12 +160,15 @@ class TableOptions:
         uniform: one dim for the whole table; needs no remap.
         blocks: per row block, its options.
         fixed_cost: what storing the table block by block costs besides (its remap); paid once.
+        column_cost: what each column that any block keeps costs besides (its row of the projection); the costs of uniform
+            options hold that already.
     """
 
     name: str
     uniform: tuple[Option, ...]
     blocks: tuple[tuple[Option, ...], ...] = ()
     fixed_cost: int = 0
+    column_cost: int = 0
 
     @property
     def cheapest(self) -> int:
@@ -169,7 +178,9 @@ class TableOptions:
 
     @property
     def _cheapest_blocks(self) -> int:
-        return self.fixed_cost + sum(min(option.cost for option in block) for block in self.blocks)
+        least = [min(block, key=lambda option: (option.cost, option.dim)) for block in self.blocks]
+        columns = max((option.dim for option in least), default=0)
+        return self.fixed_cost + sum(option.cost for option in least) + self.column_cost * columns
 
     def within(self, ceiling: int) -> "TableOptions":
         """Leave out what cannot be part of a best choice for this table at no more than ``ceiling``."""
@@ -202,10 +213,25 @@ def allocate(tables: Sequence[TableOptions], limit: int, unit: str = "bytes") ->
     Raises:
         BudgetError: where even the cheapest choice costs more than ``limit``.
     """
-    least = sum(table.cheapest for table in tables)
+    return [dims for _, dims in allocate_among([(table,) for table in tables], limit, unit)]
+
+
+def allocate_among(
+    tables: Sequence[Sequence[TableOptions]], limit: int, unit: str = "bytes"
+) -> list[tuple[int, tuple[int, ...]]]:
+    """Do what :func:`allocate` does, where each table may be stored in one of several ways.
+
+    Returns:
+        Per table the number of the chosen way, and its chosen dims.
+    """
+    cheapest = [min(ways, key=lambda way: way.cheapest) for ways in tables]
+    least = sum(way.cheapest for way in cheapest)
     if least > limit:
-        raise BudgetError(_does_not_fit(tables, limit, least, unit))
-    knapsack = _Knapsack([table.within(limit - least + table.cheapest) for table in tables])
+        raise BudgetError(_does_not_fit(cheapest, limit, least, unit))
+    spare = limit - least
+    knapsack = _Knapsack(
+        [[way.within(spare + low.cheapest) for way in ways] for ways, low in zip(tables, cheapest, strict=True)]
+    )
     chosen = knapsack.solve(limit)
     while int(knapsack.costs[chosen].sum()) > limit:  # HiGHS keeps the limit within its tolerance only
         knapsack.forbid(chosen)
@@ -244,25 +270,31 @@ def _silent_solver() -> Iterator[None]:
         os.close(nowhere)
 
 
-class _Knapsack:
-    """The binary variables of the programme: per table its uniform options, a switch to blocks, the blocks' options."""
+UNIFORM, SWITCH, COLUMNS = -1, -2, -3  # in place of a block's number
+Key = tuple[int, int, int, int]  # (table, way, block, dim)
 
-    def __init__(self, tables: Sequence[TableOptions]) -> None:
-        self.tables = tables
-        self.keys: list[tuple[int, int, int]] = []  # (table, block, dim); block -1: uniform, -2: the switch to blocks
+
+class _Knapsack:
+    """The binary variables of the programme.
+
+    Per table and way: its uniform options, a switch to blocks, the blocks' options, and, where columns cost, for each dim
+    whether any block keeps as many columns.
+    """
+
+    def __init__(self, tables: Sequence[Sequence[TableOptions]]) -> None:
+        self.n_tables = len(tables)
+        self.keys: list[Key] = []
         costs: list[int] = []
         utilities: list[float] = []
-        for t, table in enumerate(tables):
-            groups = [(-1, table.uniform), *enumerate(table.blocks)]
-            if table.blocks:
-                groups.insert(1, (-2, (Option(0, table.fixed_cost, 0.0),)))
-            for block, options in groups:
-                self.keys += [(t, block, option.dim) for option in options]
-                costs += [option.cost for option in options]
-                utilities += [option.utility for option in options]
+        for t, ways in enumerate(tables):
+            for w, way in enumerate(ways):
+                for block, options in _groups(way):
+                    self.keys += [(t, w, block, option.dim) for option in options]
+                    costs += [option.cost for option in options]
+                    utilities += [option.utility for option in options]
         self.costs = np.array(costs, dtype=np.int64)
         self.utilities = np.array(utilities, dtype=np.float64)
-        self.constraints = [self._one_choice_each()]
+        self.constraints = [*self._one_choice_each(), *self._columns_are_paid()]
 
     def solve(self, limit: int) -> _Chosen:
         """Return which variables are one in the best choice within ``limit``."""
@@ -289,28 +321,74 @@ class _Knapsack:
         """Never return this choice again."""
         self.constraints.append(LinearConstraint(chosen.astype(np.float64)[None, :], -np.inf, chosen.sum() - 1))
 
-    def _one_choice_each(self) -> LinearConstraint:
-        """Per table: uniform options and the switch sum to one. Per block: options sum to the switch."""
-        rows: dict[tuple[int, int], int] = {}
-        entries: list[tuple[int, int, int]] = []
-        totals: list[float] = []
-        for column, (t, block, _) in enumerate(self.keys):
-            group = (t, -1) if block < 0 else (t, block)
-            if group not in rows:
-                rows[group] = len(rows)
-                totals.append(1.0 if block < 0 else 0.0)
-            entries.append((rows[group], column, 1))
-        for column, (t, block, _) in enumerate(self.keys):
-            if block == -2:
-                entries += [(rows[t, b], column, -1) for b in range(len(self.tables[t].blocks))]
-        row, col, value = zip(*entries, strict=True)
-        return LinearConstraint(coo_array((value, (row, col)), shape=(len(rows), len(self.keys))), totals, totals)
+    def _one_choice_each(self) -> Iterator[LinearConstraint]:
+        """Per table: uniform options and the switches sum to one. Per block: options sum to its way's switch."""
+        rows, totals = _Rows(len(self.keys)), dict[object, float]()
+        for column, (t, w, block, _) in enumerate(self.keys):
+            if block in (UNIFORM, SWITCH):
+                rows.add(t, column, 1)
+                totals[t] = 1.0
+            elif block != COLUMNS:
+                rows.add((t, w, block), column, 1)
+                totals[t, w, block] = 0.0
+        switches = {(t, w): column for column, (t, w, block, _) in enumerate(self.keys) if block == SWITCH}
+        for group in totals:
+            if isinstance(group, tuple):
+                rows.add(group, switches[group[:2]], -1)
+        right = [totals[group] for group in rows.names]
+        yield LinearConstraint(rows.matrix(), right, right)
 
-    def dims(self, chosen: _Chosen) -> list[tuple[int, ...]]:
-        """Read the chosen dims, per table, from the chosen variables."""
-        dims: list[list[int]] = [[] for _ in self.tables]
+    def _columns_are_paid(self) -> Iterator[LinearConstraint]:
+        """Per block, and dim of its way: where the block keeps so many columns or more, they are paid for."""
+        rows = _Rows(len(self.keys))
+        paid: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for column, (t, w, block, dim) in enumerate(self.keys):
+            if block == COLUMNS:
+                paid.setdefault((t, w), []).append((dim, column))
+        for column, (t, w, block, dim) in enumerate(self.keys):
+            for least, payment in paid.get((t, w), ()) if block >= 0 else ():
+                if dim >= least:
+                    rows.add((t, w, block, least), column, 1)
+                    rows.add((t, w, block, least), payment, -1)
+        if rows.names:
+            yield LinearConstraint(rows.matrix(), -np.inf, 0)
+
+    def dims(self, chosen: _Chosen) -> list[tuple[int, tuple[int, ...]]]:
+        """Read the chosen way and dims, per table, from the chosen variables."""
+        found: list[list[tuple[int, int]]] = [[] for _ in range(self.n_tables)]
         for column in np.flatnonzero(chosen):
-            table, block, dim = self.keys[column]
-            if block != -2:
-                dims[table].append(dim)
-        return [tuple(chosen_dims) for chosen_dims in dims]
+            table, way, block, dim = self.keys[column]
+            if block not in (SWITCH, COLUMNS):
+                found[table].append((way, dim))
+        return [(pairs[0][0], tuple(dim for _, dim in pairs)) for pairs in found]
+
+
+def _groups(way: TableOptions) -> Iterator[tuple[int, tuple[Option, ...]]]:
+    """Yield the variables of one way to store a table, by block."""
+    yield UNIFORM, way.uniform
+    if way.blocks:
+        yield SWITCH, (Option(0, way.fixed_cost, 0.0),)
+        yield from enumerate(way.blocks)
+        if way.column_cost:
+            dims = sorted({option.dim for block in way.blocks for option in block} - {0})
+            steps = [dim - before for before, dim in pairwise([0, *dims])]
+            yield COLUMNS, tuple(Option(d, step * way.column_cost, 0.0) for d, step in zip(dims, steps, strict=True))
+
+
+class _Rows:
+    """A sparse matrix whose rows have names."""
+
+    def __init__(self, columns: int) -> None:
+        self.columns = columns
+        self.names: dict[object, int] = {}
+        self.entries: dict[tuple[int, int], int] = {}
+
+    def number(self, name: object) -> int:
+        return self.names.setdefault(name, len(self.names))
+
+    def add(self, name: object, column: int, value: int) -> None:
+        self.entries[self.number(name), column] = value
+
+    def matrix(self) -> coo_array:
+        row, column = zip(*self.entries, strict=True)
+        return coo_array((list(self.entries.values()), (row, column)), shape=(len(self.names), self.columns))

@@ -23,7 +23,7 @@ from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import Tensor, nn
 
 from embsearch_plugin.algorithms.base import AlgorithmConfig
-from embsearch_plugin.data.dataset import Dataset
+from embsearch_plugin.data.dataset import Dataset, Split
 from embsearch_plugin.decorator import prepare
 from embsearch_plugin.errors import BudgetError, NonFiniteLoss, RunFolderError
 from embsearch_plugin.evaluation import evaluate
@@ -32,9 +32,10 @@ from embsearch_plugin.fused import FusedEmbeddingBags
 from embsearch_plugin.hookspecs import hookimpl
 from embsearch_plugin.plan import SizePlan
 from embsearch_plugin.plugins import find_collections
-from embsearch_plugin.recipes import Fused, Recipe, Train
+from embsearch_plugin.recipes import OPTIMIZERS, Fused, Recipe, Train
 from embsearch_plugin.saving import PLAN, WEIGHTS, load, save
 from embsearch_plugin.search.session import Session
+from embsearch_plugin.tasks import Score
 from embsearch_plugin.training import Epoch, Stage, Watcher, best_path, converge
 
 CELL, CHECKPOINTS, COURSE, DENSE, TEST = "cell.json", "checkpoints", "course.json", "dense", "test.json"
@@ -119,7 +120,7 @@ class Cells:
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # no other cell needs them
         return _read(folder / CELL)
 
-    def test(self, row: Row) -> dict[str, float | None]:
+    def test(self, row: Row) -> Score:
         """Return how good a finished cell's model is on the test split. Nothing else reads that split."""
         folder = self.root / row["folder"]
         if not (folder / TEST).exists():
@@ -248,7 +249,7 @@ class Cells:
 
     def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """Return the loop's optimizer; fused tables are not its concern, and it leaves them alone."""
-        return torch.optim.Adam(model.parameters(), lr=self._train.lr)
+        return OPTIMIZERS[self._train.optimizer](model.parameters(), lr=self._train.lr)
 
     def _stage(
         self, name: str, model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, title: str = "", **more: Any
@@ -263,6 +264,7 @@ class Cells:
             self._train,
             self._checkpoint(folder, name),
             title=" ".join(filter(None, [title, name, *where])),
+            task=self.data.schema.task,
             **more,
         )
 
@@ -276,8 +278,8 @@ class Cells:
             return model
         return load(folder, model)
 
-    def _evaluate(self, model: nn.Module, split: Any) -> dict[str, float | None]:
-        return evaluate(model, self.data.batches(split, self._train.batch_size))
+    def _evaluate(self, model: nn.Module, split: Split) -> Score:
+        return evaluate(model, self.data.batches(split, self._train.batch_size), self.data.schema.task)
 
     # Records.
 

@@ -39,7 +39,7 @@ def prepare(
         model: any module that holds a TorchRec EmbeddingBagCollection; its inputs and outputs stay the same.
         algorithm: a name, or a config object such as ``es.Dnis(lr=0.005)``.
         budget: ``"10%"`` of the original tables' weight bytes, ``es.Budget(bytes="2GiB")``, or ``es.Budget(params=n)``.
-        space: how rows and columns are cut.
+        space: how rows and columns are cut; by default as suits the algorithm.
         objective: ``(model, batch) -> loss, logits, labels``; needed where the model does not follow TorchRec's
             train-task convention ``loss, (loss, logits, labels) = model(batch)``.
         frequencies: counts per table name, or batches to count. By default ids are counted while the model trains.
@@ -54,7 +54,7 @@ def prepare(
         model,
         algorithm_config(algorithm),
         Budget.of(budget),
-        space or SearchSpace(),
+        space,
         objective,
         frequencies,
         fused,

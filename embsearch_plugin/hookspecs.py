@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from embsearch_plugin.algorithms.base import AlgorithmConfig
     from embsearch_plugin.budget import Budget
     from embsearch_plugin.collection import FoundCollection
+    from embsearch_plugin.compact.fold import Fold
     from embsearch_plugin.plan import SizePlan, TablePlan
     from embsearch_plugin.search.session import Session
-    from embsearch_plugin.space import SearchSpace
+    from embsearch_plugin.supernet.forms import Form
 
 PROJECT = "embsearch"
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -46,11 +47,12 @@ class GlobalHooks(Protocol):
         """
 
     @hookspec
-    def embsearch_build_supernet(self, collection: FoundCollection, space: SearchSpace) -> nn.Module | None:
+    def embsearch_build_supernet(self, collection: FoundCollection, forms: Sequence[Form]) -> nn.Module | None:
         """Build the searchable form of a collection. Runs once per collection, when a model is prepared.
 
-        For the adapter that found it; every other adapter returns ``None``. The result keeps the collection's own
-        parameters.
+        For the adapter that found it; every other adapter returns ``None``. ``forms`` are what the algorithm wants to
+        follow the lookup of each table, or empty. The result keeps the collection's own parameters, unless forms look up
+        other widths.
         """
 
     @hookspec
@@ -78,7 +80,10 @@ class SessionHooks(Protocol):
 
     @hookspec
     def embsearch_before_forward(self, session: Session, step: int) -> None:
-        """A training forward is about to run; ``step`` weight steps were taken. An algorithm may write gates here."""
+        """A training forward is about to run; ``step`` weight steps were taken.
+
+        An algorithm may write gates here: for good by ``session.set_gates``, or for this forward by ``session.use_gates``.
+        """
 
     @hookspec(firstresult=True)
     def embsearch_search_step(self, session: Session, step: int, batch: Any) -> Mapping[str, float]:
@@ -96,6 +101,14 @@ class SessionHooks(Protocol):
         """Turn what was learned into a plan within ``budget``; ``None`` asks for the paper's own rule.
 
         For the algorithm. Must change nothing: not the model, not the algorithm's state.
+        """
+
+    @hookspec(firstresult=True)
+    def embsearch_fold(self, session: Session, plan: SizePlan) -> Sequence[Fold] | None:
+        """Say what the columns that ``plan`` stores are, per table. Runs when the model is compacted.
+
+        For an algorithm whose tables have forms, or whose plans have projections; without it the stored columns are the
+        plan's own, and projections start as the identity. Must change nothing.
         """
 
     @hookspec

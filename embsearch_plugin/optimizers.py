@@ -58,7 +58,8 @@ class Slice:
         rows: int64 (rows,), the old rows it keeps; ``None`` for all of them.
         columns: int64 (width,), the old columns; ``None`` for all of them.
         mask: bool (V, D), the single weights it keeps, flattened; then rows and columns are ``None``.
-        gates: float32, of the new parameter's shape: what was folded into the weights; ``None`` for one.
+        gates: float32, of the shape of what is kept: what was folded into the weights; ``None`` for one.
+        rotation: float32 (old columns, width), what the kept rows are multiplied by at last; then ``columns`` is ``None``.
     """
 
     new: nn.Parameter
@@ -66,6 +67,15 @@ class Slice:
     columns: Tensor | None = None
     mask: Tensor | None = None
     gates: Tensor | None = None
+    rotation: Tensor | None = None
+
+    @torch.no_grad()
+    def fill(self, old: nn.Parameter) -> None:
+        """Write the kept weights, times their gates, in their new basis, into the new parameter; frozen stays frozen."""
+        kept = self.of(old)
+        kept = kept if self.gates is None else kept.float() * self.gates.to(kept.device)
+        self.new.copy_(kept if self.rotation is None else kept.float() @ self.rotation.to(kept.device))
+        self.new.requires_grad_(old.requires_grad)
 
     def of(self, old: Tensor) -> Tensor:
         """Return the kept part of a tensor (V, D), or of one with a value per row, (V,) or (V, 1)."""
@@ -79,6 +89,8 @@ class Slice:
 
     def moments(self, name: str, old: Tensor) -> Tensor | None:
         """Return the kept part of optimizer state, rescaled for the folded gates; ``None`` where that is not known."""
+        if self.rotation is not None:
+            return None
         kept = self.of(old)
         if self.gates is None:
             return kept
@@ -106,6 +118,19 @@ def replace_parameter(optimizer: Optimizer, old: nn.Parameter, slices: Sequence[
     state = optimizer.state.pop(old, None)
     for part in slices if state else ():
         optimizer.state[part.new] = carried_state(state, old.shape, part)
+    return True
+
+
+def add_beside(optimizer: Optimizer, known: nn.Parameter, new: Sequence[nn.Parameter]) -> bool:
+    """Put new parameters, without state, into the group of ``known``; return whether ``known`` was there."""
+    if isinstance(optimizer, CombinedOptimizer):
+        return any(add_beside(inner, known, new) for _, inner in optimizer.optimizers)
+    group = next((g for g in optimizer.param_groups if any(p is known for p in g["params"])), None)
+    if group is None:
+        return False
+    group["params"] += new
+    if "param_names" in group:
+        group["param_names"] += [f"embsearch#{len(group['param_names']) + number}" for number in range(len(new))]
     return True
 
 

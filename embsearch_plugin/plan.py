@@ -20,6 +20,7 @@ from embsearch_plugin.errors import PlanError
 from embsearch_plugin.files import atomic, write_json
 
 FORMAT, VERSION = "embsearch-plan", 1
+PROJECTION_DTYPE = torch.float32
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,9 @@ class TablePlan:
             where the rows already stand in plan order.
         columns: (D,), a permutation: ``columns[k]`` is the original column at place k. ``None`` for the natural order.
         mask: bool (V, D), the weights kept by a fine-grained plan; then ``order`` and ``columns`` are ``None``.
+        projection: whether the K stored columns are projected to the table's D by a matrix (K, D); otherwise they are
+            padded with zeros.
+        bias: whether a vector (D,) is added to the output of every bag, empty ones too.
 
     Raises:
         PlanError: where these do not fit each other or the table.
@@ -63,6 +67,8 @@ class TablePlan:
     order: Tensor | None = None
     columns: tuple[int, ...] | None = None
     mask: Tensor | None = None
+    projection: bool = False
+    bias: bool = False
 
     def __post_init__(self) -> None:
         problem = next(self._problems(), None)
@@ -72,6 +78,10 @@ class TablePlan:
     def _problems(self) -> Iterator[str]:
         """Yield what does not fit: the one place where plans are checked, built or loaded."""
         rows, dim, dims = self.table.rows, self.table.dim, [block.dim for block in self.blocks]
+        if (self.projection or self.bias) and (self.mask is not None or not any(dims)):
+            yield "a projection and a bias need stored columns, kept by blocks"
+        if self.projection and self.columns is not None:
+            yield "it has a projection, whose rows stand in any order, so it needs no column order"
         if any(block.rows < 1 for block in self.blocks) or sum(block.rows for block in self.blocks) != rows:
             yield f"its blocks must hold one row or more each, and the table's {rows} together"
         if not all(0 <= d <= dim for d in dims):
@@ -96,20 +106,31 @@ class TablePlan:
 
     @classmethod
     def nested(
-        cls, table: Table, dims: Sequence[int], rows: Sequence[Tensor], columns: Sequence[int] | None = None
+        cls,
+        table: Table,
+        dims: Sequence[int],
+        rows: Sequence[Tensor],
+        columns: Sequence[int] | None = None,
+        *,
+        projection: bool = False,
+        bias: bool = False,
     ) -> "TablePlan":
-        """Build a plan from each row block's dim and rows (int32 tensors of original row numbers)."""
+        """Build a plan from each row block's dim and rows (int32 tensors of original row numbers).
+
+        A table that keeps nothing has no projection and no bias either.
+        """
         ranked = sorted(zip(dims, rows, strict=True), key=lambda pair: -pair[0])
         ranked = [(dim, block) for dim, block in ranked if block.numel()]
         blocks = tuple(Block(block.numel(), int(dim)) for dim, block in ranked)
         placed = None if columns is None else tuple(int(column) for column in columns)
         if placed == tuple(range(table.dim)) or all(b.dim in (0, table.dim) for b in blocks):
             placed = None
+        output = (projection, bias) if blocks[0].dim else (False, False)
         if len({block.dim for block in blocks}) == 1:
-            return cls(table, (Block(table.rows, blocks[0].dim),), None, placed)
+            return cls(table, (Block(table.rows, blocks[0].dim),), None, placed, None, *output)
         order = torch.cat([block for dim, block in ranked if dim]).int().cpu()
         ranked_already = torch.equal(order, torch.arange(order.numel(), dtype=order.dtype))
-        return cls(table, blocks, None if ranked_already else order, placed)
+        return cls(table, blocks, None if ranked_already else order, placed, None, *output)
 
     @classmethod
     def fine(cls, table: Table, mask: Tensor, rows: Sequence[Tensor]) -> "TablePlan":
@@ -137,20 +158,31 @@ class TablePlan:
         return int(self.blocks[0].dim)
 
     @property
-    def n_params(self) -> int:
-        """Number of weights kept."""
+    def n_weights(self) -> int:
+        """Number of embedding weights kept."""
         if self.mask is not None:
             return int(self.mask.sum())
         return sum(chunk.rows * chunk.width for chunk in self.chunks)
 
     @property
+    def n_output_params(self) -> int:
+        """Number of weights of the projection and the bias."""
+        return (self.width * self.projection + self.bias) * self.table.dim
+
+    @property
+    def n_params(self) -> int:
+        """Number of weights kept, with those of the projection and the bias."""
+        return self.n_weights + self.n_output_params
+
+    @property
     def size_bytes(self) -> int:
-        """Bytes as stored: weights, and the indices that find them."""
-        weights = self.n_params * self.table.dtype.itemsize
+        """Bytes as stored: weights, the indices that find them, projection and bias."""
+        weights = self.n_weights * self.table.dtype.itemsize
         if self.mask is not None:
-            return weights + fine_index_bytes(self.table, self.n_params)
+            return weights + fine_index_bytes(self.table, self.n_weights)
         remap = remap_bytes(self.table) if self.order is not None else 0
-        return weights + remap + (placement_bytes(self.table) if self.columns is not None else 0)
+        placement = placement_bytes(self.table) if self.columns is not None else 0
+        return weights + remap + placement + self.n_output_params * PROJECTION_DTYPE.itemsize
 
 
 def remap_bytes(table: Table) -> int:
@@ -161,6 +193,16 @@ def remap_bytes(table: Table) -> int:
 def placement_bytes(table: Table) -> int:
     """Bytes of the map from a column to its place in the plan: int32 (D,)."""
     return table.dim * INDEX_BYTES
+
+
+def projected_column_bytes(table: Table) -> int:
+    """Bytes of the projection's row of one stored column: float32 (D,)."""
+    return table.dim * PROJECTION_DTYPE.itemsize
+
+
+def bias_bytes(table: Table) -> int:
+    """Bytes of a bias: float32 (D,)."""
+    return table.dim * PROJECTION_DTYPE.itemsize
 
 
 def fine_index_bytes(table: Table, kept: int) -> int:
@@ -194,7 +236,7 @@ class SizePlan:
 
     @property
     def n_params(self) -> int:
-        """Number of embedding weights kept."""
+        """Number of weights kept, projections and biases included."""
         return sum(plan.n_params for plan in self.tables)
 
     @property
@@ -264,12 +306,17 @@ class SizePlan:
         """A table a person can read: rows, dims per block, bytes before and after."""
         lines = [f"{'table':<32}{'rows':>12}{'bytes before':>14}{'after':>12}  blocks (rows x dim)"]
         for plan in self.tables:
-            blocks = "  ".join(f"{b.rows:,} x {b.dim:g}" for b in plan.blocks) + ("  fine" if plan.mask is not None else "")
+            blocks = "  ".join(f"{b.rows:,} x {b.dim:g}" for b in plan.blocks) + _kinds(plan)
             before, after = human_bytes(plan.table.size_bytes), human_bytes(plan.size_bytes)
             lines.append(f"{str(plan.table)[-31:]:<32}{plan.table.rows:>12,}{before:>14}{after:>12}  {blocks}")
         share = self.size_bytes / self.original_bytes if self.original_bytes else 1.0
         total = f"{human_bytes(self.size_bytes)} of {human_bytes(self.original_bytes)} ({share:.2%})"
         return "\n".join([*lines, f"{total}, {self.n_params:,} parameters"])
+
+
+def _kinds(plan: TablePlan) -> str:
+    kinds = {"fine": plan.mask is not None, "projected": plan.projection, "bias": plan.bias}
+    return "".join(f"  {kind}" for kind, present in kinds.items() if present)
 
 
 def _tensors(plan: TablePlan) -> Iterator[tuple[str, Tensor]]:
@@ -296,6 +343,8 @@ def _table_to_json(plan: TablePlan) -> dict[str, Any]:
         "blocks": [{"rows": block.rows, "dim": block.dim} for block in plan.blocks],
         "columns": plan.columns,
         "ordered": plan.order is not None,
+        "projection": plan.projection,
+        "bias": plan.bias,
         "size_bytes": plan.size_bytes,
         "original_bytes": table.size_bytes,
     }
@@ -313,7 +362,7 @@ def _table_from_json(entry: dict[str, Any], prefix: str, tensors: dict[str, Tens
     blocks = tuple(Block(int(block["rows"]), int(block["dim"])) for block in entry["blocks"])
     order = tensors[prefix + "order"] if entry["ordered"] else None
     columns = None if entry["columns"] is None else tuple(int(column) for column in entry["columns"])
-    return TablePlan(table, blocks, order, columns)
+    return TablePlan(table, blocks, order, columns, None, bool(entry["projection"]), bool(entry["bias"]))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

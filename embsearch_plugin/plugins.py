@@ -13,7 +13,7 @@ from embsearch_plugin.collection import FoundCollection
 from embsearch_plugin.errors import AdapterConflict, EmbsearchError, NoCollectionFound, UnknownAlgorithm, did_you_mean
 from embsearch_plugin.hookspecs import PROJECT, GlobalHooks
 from embsearch_plugin.plan import TablePlan
-from embsearch_plugin.space import SearchSpace
+from embsearch_plugin.supernet.forms import Form
 
 BUILTIN = (
     "embsearch_plugin.algorithms.dnis",
@@ -21,6 +21,7 @@ BUILTIN = (
     "embsearch_plugin.algorithms.magnitude",
     "embsearch_plugin.algorithms.mde",
     "embsearch_plugin.algorithms.random",
+    "embsearch_plugin.algorithms.spectral",
     "embsearch_plugin.algorithms.uniform",
     "embsearch_adapters.torchrec_ebc",
 )
@@ -130,9 +131,9 @@ def _lookalikes(model: nn.Module) -> str:
     return f"\n  Looks like one but no adapter takes it: {shown}. Put its tables into a torchrec EmbeddingBagCollection."
 
 
-def build_supernet(collection: FoundCollection, space: SearchSpace) -> nn.Module:
+def build_supernet(collection: FoundCollection, forms: Sequence[Form]) -> nn.Module:
     """Build the searchable form of a collection by the adapter that found it."""
-    return _only(manager().hook.embsearch_build_supernet(collection=collection, space=space), collection)
+    return _only(manager().hook.embsearch_build_supernet(collection=collection, forms=forms), collection)
 
 
 def build_compact(collection: FoundCollection, plan: Sequence[TablePlan]) -> nn.Module:

@@ -10,6 +10,7 @@ end, by the cells that were chosen.
 
 import fcntl
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,14 +80,18 @@ def _metrics(matrix: "Matrix", chosen: dict[Contest, Choice]) -> dict[str, Any]:
         "versions": versions(),
         "machine": machine(),
         "algorithm": next(iter(matrix.recipe.search.methods)),
+        "task": matrix.data.schema.task.name,
         "original_bytes": matrix.original_bytes,
-        "budgets": [
-            {"text": text, "bytes": Budget.of(text).limit(matrix.original_bytes)} for text in matrix.recipe.search.budgets
-        ],
+        "budgets": [{"text": text, "bytes": _bytes(text, matrix.original_bytes)} for text in matrix.recipe.search.budgets],
         "cells": rows,
         "course": matrix.course(chosen),
         "rows": matrix.plugin_rows(rows),
     }
+
+
+def _bytes(text: str, original: int) -> int | None:
+    budget = Budget.of(text)
+    return budget.limit(original) if budget.unit == "bytes" else None
 
 
 @dataclass(frozen=True)
@@ -110,8 +115,9 @@ class Matrix:
             SpaceError: where the space does not fit the tables.
             DataError: where a split holds no examples.
         """
-        for table in self._tables:
-            self.recipe.search.space.dims(table.dim)
+        for config in self.recipe.search.methods.values():
+            for table in self._tables:
+                config.space(self.recipe.search.space).dims(table.dim)
         for split in get_args(Split):
             if not any(len(batch.labels) for batch in islice(self.data.batches(split, 1), 1)):
                 raise DataError(f"every split must hold examples; {split!r} holds none. Try: more data, or other fractions.")
@@ -125,7 +131,7 @@ class Matrix:
                 f"the dense model diverged in every trial, so there is nothing to compare with. {dense[0]['reason']}"
             )
         losses = {
-            contest: {(cells.number, place): _loss(cells.get(place)) for cells in first for place in places}
+            contest: {(cells.number, place): self._loss(cells.get(place)) for cells in first for place in places}
             for contest, places in self._contests.items()
         }
         return {contest: min(tried, key=tried.__getitem__) for contest, tried in losses.items()}
@@ -189,7 +195,7 @@ class Matrix:
     def _allocations(self, method: str, budget: str) -> list[Place]:
         config = self.recipe.search.methods[method]
         try:
-            tried = config.candidates(self._tables, Budget.of(budget), self.recipe.search.space)
+            tried = config.candidates(self._tables, Budget.of(budget), config.space(self.recipe.search.space))
         except BudgetError:
             tried = [config]  # its search raises the error again, and the cell says why it is infeasible
         own = settings(config)
@@ -209,10 +215,10 @@ class Matrix:
         counts = chosen[place.method, place.budget] == (cells.number, place) and row["status"] == "done"
         return row | {"chosen": counts, "test": cells.test(row) if counts else None}
 
-
-def _loss(row: Row) -> float:
-    """Return the validation loss that trials are compared by; infeasible cells come last."""
-    return float(row["validation"]["log_loss"]) if row["status"] == "done" else float("inf")
+    def _loss(self, row: Row) -> float:
+        """Return the validation loss that trials are compared by; infeasible cells come last."""
+        loss = self.data.schema.task.loss.of(row["validation"])
+        return math.inf if loss is None else loss
 
 
 def check_folder(recipe: Recipe, folder: Path, resume: bool) -> None:

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from embsearch_plugin.compact.collection import CompactEmbeddingBagCollection
-from embsearch_plugin.compact.rewrite import compact_form, fill, slices_of
+from embsearch_plugin.compact.rewrite import compact_form, slices_of
 from embsearch_plugin.errors import PlanError
 from embsearch_plugin.files import atomic
 from embsearch_plugin.plan import SizePlan, mismatch
@@ -35,7 +35,7 @@ def apply(model: nn.Module, plan: SizePlan) -> nn.Module:
             weight = collection.module.get_parameter(f"embedding_bags.{table.name}.weight")
             for part in slices_of(compact, index, plans[index]):
                 if not weight.is_meta:
-                    fill(part, weight)
+                    part.fill(weight)
         collection.replace_in(model, compact)
     return model
 

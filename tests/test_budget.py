@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embsearch_plugin.budget import Budget, Option, TableOptions, allocate, human_bytes
+from embsearch_plugin.budget import Budget, Option, TableOptions, allocate, allocate_among, human_bytes
 from embsearch_plugin.errors import AllocationError, BudgetError
 
 # Budgets.
@@ -38,6 +38,7 @@ from embsearch_plugin.errors import AllocationError, BudgetError
         (Budget(bytes=np.int64(12)), 12),
         (Budget(bytes="1KiB"), 1024),
         (Budget(params=390_000), 390_000),
+        (" 390000 params ", 390_000),
         (Budget("50%"), 500),
     ],
 )
@@ -53,6 +54,7 @@ def test_a_share_is_kept_to_the_byte(hundredths: int, size: int) -> None:
 
 def test_only_parameters_are_not_counted_in_bytes() -> None:
     assert [b.unit for b in (Budget("1%"), Budget(bytes=1), Budget(params=1))] == ["bytes", "bytes", "parameters"]
+    assert Budget.of("7 params") == Budget(params=7)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +85,25 @@ def test_a_share_is_at_most_the_whole(share: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "%", "ten%", "nan%", "inf%", "1e1%", "10%%", "nan", "inf", "2 gigabytes", "2,5GB", "GiB", "1 2", "0x10", "9" * 5000],
+    [
+        "",
+        "%",
+        "ten%",
+        "nan%",
+        "inf%",
+        "1e1%",
+        "10%%",
+        "nan",
+        "inf",
+        "2 gigabytes",
+        "2,5GB",
+        "GiB",
+        "1 2",
+        "0x10",
+        "1.5 params",
+        "params",
+        "9" * 5000,
+    ],
 )
 def test_texts_that_are_no_budget(text: str) -> None:
     with pytest.raises(BudgetError, match=r"cannot read the budget .* Write \"10%\""):
@@ -132,7 +152,7 @@ def choices(table: TableOptions) -> Iterator[tuple[tuple[int, ...], int, float]]
         yield (option.dim,), option.cost, option.utility
     if table.blocks:
         for chosen in product(*table.blocks):
-            cost = table.fixed_cost + sum(o.cost for o in chosen)
+            cost = table.fixed_cost + sum(o.cost for o in chosen) + table.column_cost * max(o.dim for o in chosen)
             yield tuple(o.dim for o in chosen), cost, sum(o.utility for o in chosen)
 
 
@@ -165,8 +185,9 @@ def instances(draw: st.DrawFn, largest: int) -> tuple[list[TableOptions], int]:
             blocks.append(tuple(Option(d, rows * d + (odd if d else 0), u) for d, u in zip(dims, worth, strict=True)))
         uniform = [Option(d, sum(b[i].cost for b in blocks), sum(b[i].utility for b in blocks)) for i, d in enumerate(dims)]
         fixed = draw(st.sampled_from([0, 1, largest]))
-        whole = draw(st.booleans())
-        tables.append(TableOptions(f"t{number}", tuple(uniform), () if whole else tuple(blocks), 0 if whole else fixed))
+        whole, column = draw(st.booleans()), draw(st.sampled_from([0, 0, 1, largest]))
+        options = (tuple(uniform), (), 0, 0) if whole else (tuple(uniform), tuple(blocks), fixed, column)
+        tables.append(TableOptions(f"t{number}", *options))
     exact = sum(draw(st.sampled_from(list(choices(table))))[1] for table in tables)
     return tables, draw(st.sampled_from([exact, exact - 1, draw(st.integers(0, 10 * largest))]))
 
@@ -184,6 +205,34 @@ def test_no_choice_within_the_limit_is_worth_more(largest: int, data: st.DataObj
     cost, utility = outcome(tables, allocate(tables, limit))
     assert cost <= limit
     assert utility >= expected * (1 - 1e-6)
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_the_best_of_several_ways_to_store_a_table(data: st.DataObject) -> None:
+    first, limit = data.draw(instances(50))
+    second, _ = data.draw(instances(50))
+    tables = list(zip(first, second, strict=False))  # as many as both have
+    totals = [(0, 0.0)]
+    for ways in tables:
+        found = [(cost, utility) for way in ways for _, cost, utility in choices(way)]
+        totals = [(c + cost, u + utility) for c, u in totals for cost, utility in found if c + cost <= limit]
+    if not totals:
+        with pytest.raises(BudgetError, match="no size plan fits"):
+            allocate_among(tables, limit)
+        return
+    chosen = allocate_among(tables, limit)
+    cost, utility = outcome([ways[way] for ways, (way, _) in zip(tables, chosen, strict=True)], [dims for _, dims in chosen])
+    assert cost <= limit
+    assert utility >= max(utility for _, utility in totals) * (1 - 1e-6)
+
+
+def test_columns_are_paid_for_once_by_all_blocks() -> None:
+    blocks = tuple((Option(0, 0, 0.0), Option(4, 40, 5.0), Option(8, 80, 7.0)) for _ in range(3))
+    columns = TableOptions("a", (Option(0, 0, 0.0),), blocks, 0, 10)
+    assert allocate([columns], 3 * 40 + 40) == [(4, 4, 4)]
+    assert sorted(allocate([columns], 3 * 40 + 39)[0]) == [0, 4, 4]
+    assert sorted(allocate([columns], 2 * 40 + 80 + 80)[0]) == [4, 4, 8]
 
 
 def table(name: str, rows: int, utilities: Sequence[float], dims: Sequence[int] = (0, 4, 8)) -> TableOptions:

@@ -39,6 +39,7 @@ def plan_of_every_kind() -> SizePlan:
             TablePlan.nested(table(name="blocks"), [8, 0, 4], [rows(5, 1), rows(3), rows(0, 2, 4)]),
             TablePlan.nested(table(name="ranked", dtype=torch.float16), [8, 4], [rows(0, 1), rows(2, 3, 4, 5)]),
             TablePlan.fine(table(5, 3, name="fine"), mask, [rows(0, 1), rows(2, 3, 4)]),
+            TablePlan.nested(table(name="projected"), [4, 2], [rows(0, 1), rows(2, 3, 4, 5)], projection=True, bias=True),
         ),
         align=2,
     )
@@ -49,6 +50,7 @@ def assert_equal(got: SizePlan, expected: SizePlan) -> None:
     for one, other in zip(got.tables, expected.tables, strict=True):
         assert one.table == other.table
         assert (one.blocks, one.columns) == (other.blocks, other.columns)
+        assert (one.projection, one.bias) == (other.projection, other.bias)
         for a, b in ((one.order, other.order), (one.mask, other.mask)):
             assert (a is None) == (b is None)
             assert a is None or b is None or (a.dtype == b.dtype and torch.equal(a, b))
@@ -211,10 +213,12 @@ def test_rows_that_stand_in_two_blocks_are_refused() -> None:
 
 def test_sums_over_tables() -> None:
     plan = plan_of_every_kind()
-    assert plan.n_params == 48 + 24 + 0 + (2 * 8 + 3 * 4) + (2 * 8 + 4 * 4) + 8
-    assert plan.original_bytes == 4 * 48 * 4 + 48 * 2 + 15 * 4
+    projection, bias = 4 * 8, 8
+    assert plan.n_params == 48 + 24 + 0 + (2 * 8 + 3 * 4) + (2 * 8 + 4 * 4) + 8 + (2 * 4 + 4 * 2) + projection + bias
+    assert plan.original_bytes == 5 * 48 * 4 + 48 * 2 + 15 * 4
     placement, remap, starts = 8 * 4, 6 * 4, 6 * 4
-    assert plan.size_bytes == (48 + 24 + 28) * 4 + 32 * 2 + 8 * (4 + 1) + placement + remap + starts
+    weights = (48 + 24 + 28 + 16) * 4 + 32 * 2 + 8 * (4 + 1)
+    assert plan.size_bytes == weights + placement + remap + starts + (projection + bias) * 4
 
 
 def test_tables_of_one_collection() -> None:
@@ -231,10 +235,12 @@ def test_as_text() -> None:
         "ebc.blocks",
         "ebc.ranked",
         "ebc.fine",
+        "ebc.projected",
     ]
     assert lines[4].split() == ["ebc.blocks", "6", "192", "B", "136", "B", "2", "x", "8", "3", "x", "4", "1", "x", "0"]
     assert lines[6].split() == ["ebc.fine", "5", "60", "B", "64", "B", "2", "x", "1.5", "3", "x", "1.667", "fine"]
-    assert lines[-1] == "584 B of 924 B (63.20%), 140 parameters"
+    assert lines[7].split()[-8:] == ["2", "x", "4", "4", "x", "2", "projected", "bias"]
+    assert lines[-1] == "808 B of 1.1 KiB (72.40%), 196 parameters"
 
 
 def test_a_long_name_keeps_its_end() -> None:
@@ -312,6 +318,8 @@ def test_the_json_can_be_read_by_a_person(tmp_path: Path) -> None:
                 "blocks": [{"rows": 2, "dim": 8}, {"rows": 4, "dim": 4}],
                 "columns": None,
                 "ordered": True,
+                "projection": False,
+                "bias": False,
                 "size_bytes": 152,
                 "original_bytes": 192,
             }

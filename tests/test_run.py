@@ -21,9 +21,11 @@ from embsearch_plugin.data.dataset import Split, TabularBatches, TabularDataset
 from embsearch_plugin.data.planted import Planted
 from embsearch_plugin.errors import NonFiniteLoss
 from embsearch_plugin.evaluation import evaluate
-from embsearch_plugin.recipes import Fused, Recipe, Tune, load_recipe
+from embsearch_plugin.models.neumf import NeuMf
+from embsearch_plugin.recipes import OPTIMIZERS, Fused, Recipe, Tune, load_recipe
 from embsearch_plugin.report.text import results_markdown
 from embsearch_plugin.run import opened, run
+from embsearch_plugin.tasks import TASKS
 from embsearch_plugin.training import Epoch, Watcher
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -137,6 +139,38 @@ def test_pruning_goes_on_with_the_optimizer_state_of_fused_tables(tmp_path: Path
     (dense,), (pruned,) = (by_place(metrics, method=method) for method in ("dense", "magnitude"))
     at_first = pruned["stages"]["fine-tune"][0]["log_loss"]
     assert at_first == pytest.approx(dense["validation"]["log_loss"], abs=0.05)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_gradients_are_clipped_for_every_optimizer(optimizer: str, tmp_path: Path) -> None:
+    losses = {}
+    for norm in (None, 1e6, 1e-12):
+        train = {"optimizer": optimizer, "clip_norm": norm, "lr": 0.003, "epochs": 1, "patience": 9}
+        metrics = run(small({"baselines": ()}, train), tmp_path / str(norm))
+        (dense,) = by_place(metrics, method="dense")
+        losses[norm] = [row["log_loss"] for row in dense["stages"]["dense"]]
+    assert losses[1e6] == losses[None]
+    assert losses[1e-12] != losses[None]
+    if optimizer == "sgd":  # the others divide by the size of the gradients
+        assert losses[1e-12][1] == pytest.approx(losses[1e-12][0], abs=1e-6)
+
+
+@pytest.mark.parametrize(("task", "loss"), [("rating", "mse"), ("top-k", "log_loss")])
+def test_trials_and_epochs_go_by_the_loss_of_the_task(task: str, loss: str, tmp_path: Path) -> None:
+    movielens.write_sample(tmp_path / "data")
+    recipe = small({"budgets": ("6000 params",)}, {"epochs": 2}, tune=Tune(lr=(1e-6, 0.01)), model=NeuMf(4))
+    recipe = replace(recipe, data=movielens.MovieLens1M(str(tmp_path / "data"), task=task))
+    metrics = run(recipe, tmp_path / "out")
+    assert (metrics["task"], metrics["budgets"]) == (task, [{"text": "6000 params", "bytes": None}])
+    for method in ("dense", "dnis", "uniform", "magnitude"):
+        cells = by_place(metrics, method=method)
+        best = min(cells, key=lambda cell: cell["validation"][loss])
+        assert [cell["chosen"] for cell in cells] == [cell is best for cell in cells]
+        assert best["validation"][loss] == pytest.approx(min(row[loss] for row in [*best["stages"].values()][-1]), rel=1e-5)
+        assert set(best["test"]) == {metric.key for metric in TASKS[task].metrics}
+        if method != "dense":
+            plan = es.SizePlan.load(tmp_path / "out" / best["folder"] / "plan.json")
+            assert plan.n_params <= 6000
 
 
 def test_methods_that_share_a_name_are_told_apart_by_their_settings() -> None:

@@ -4,6 +4,7 @@ Takes exactly that type. What derives from it, or wraps it in a way that a rewri
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from embsearch_plugin.compact.collection import CompactEmbeddingBagCollection
 from embsearch_plugin.errors import UnsupportedCollection
 from embsearch_plugin.hookspecs import hookimpl
 from embsearch_plugin.plan import TablePlan
+from embsearch_plugin.supernet.forms import Form
 from embsearch_plugin.supernet.searchable import SearchableEmbeddingBagCollection
 
 NAME = "torchrec_ebc"
@@ -97,12 +99,34 @@ def _refuse(path: str, module: nn.Module) -> None:
 
 
 @hookimpl
-def embsearch_build_supernet(collection: FoundCollection) -> nn.Module | None:
+def embsearch_build_supernet(collection: FoundCollection, forms: Sequence[Form]) -> nn.Module | None:
     """Put the collection into a searchable one."""
     if collection.adapter != NAME:
         return None
-    assert isinstance(collection.module, EmbeddingBagCollection)
-    return SearchableEmbeddingBagCollection(collection.module, collection.tables)
+    original = collection.module
+    assert isinstance(original, EmbeddingBagCollection)
+    inner = _of_widths(original, [form.width for form in forms]) if forms else original
+    return SearchableEmbeddingBagCollection(inner, collection.tables, original.embedding_bag_configs(), forms)
+
+
+def _of_widths(original: EmbeddingBagCollection, widths: Sequence[int]) -> EmbeddingBagCollection:
+    """Return the collection itself, or one with tables of these widths where they differ."""
+    configs = original.embedding_bag_configs()
+    if [config.embedding_dim for config in configs] == list(widths):
+        return original
+    wanted = [replace(c, embedding_dim=width, init_fn=nn.init.zeros_) for c, width in zip(configs, widths, strict=True)]
+    resized = EmbeddingBagCollection(wanted, original.is_weighted(), next(original.parameters()).device)
+    for old, new in zip(original.embedding_bags.values(), resized.embedding_bags.values(), strict=True):
+        new.to(old.weight.dtype).weight.data.copy_(_columns(old.weight.detach(), new.weight.shape[1]))
+        new.weight.requires_grad_(old.weight.requires_grad)
+        new.sparse = old.sparse
+    return resized.train(original.training)
+
+
+def _columns(weight: torch.Tensor, width: int) -> torch.Tensor:
+    """Return a table's first columns; where there are too few, followed by those of other rows: as random, not drawn anew."""
+    copies = -(-width // weight.shape[1])
+    return torch.cat([weight.roll(shift, 0) for shift in range(copies)], 1)[:, :width]
 
 
 @hookimpl

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, Protocol
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import Table
 from embsearch_plugin.space import SearchSpace
+from embsearch_plugin.supernet.forms import Form
 
 
 class Algorithm(Protocol):
@@ -62,6 +63,14 @@ class AlgorithmConfig:
     def least_search_steps(self) -> int:
         """How many search steps it takes until a plan is what it is meant to be."""
         return 1
+
+    def space(self, given: SearchSpace | None) -> SearchSpace:
+        """Return how tables are cut, given what the user asked for, if anything."""
+        return given or SearchSpace()
+
+    def form(self, table: Table) -> Form | None:
+        """Return what is to follow a table's lookup, the same kind for every table; ``None`` for its gated rows."""
+        return None
 
     def candidates(self, tables: Sequence[Table], budget: Budget, space: SearchSpace) -> Sequence["AlgorithmConfig"]:
         """Return the allocations that are tried within a budget, at least one; by default itself alone.

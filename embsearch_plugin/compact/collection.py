@@ -4,7 +4,8 @@ A table's rows stand in plan order and its columns in chunks. A chunk is a table
 a prefix, since blocks nest. All chunks of all tables are the tables of one plain EmbeddingBagCollection inside. An id that
 a chunk does not hold is left out of the bag before the lookup: it contributes zero and trains nothing.
 
-    id -> remap -> place;  chunk c looks up the places below its rows;  outputs concatenate, zeros fill up to D
+    id -> remap -> place;  chunk c looks up the places below its rows;  outputs concatenate to K columns;
+    zeros fill up to D, or the table's projection (K, D) makes D of them;  the table's bias is added
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,21 +23,37 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from embsearch_plugin.compact.columns import Layout, take_columns
 from embsearch_plugin.compact.fine import FineTable, FixedIndex
 from embsearch_plugin.fused import FusedEmbeddingBags
-from embsearch_plugin.plan import Chunk, TablePlan
+from embsearch_plugin.plan import PROJECTION_DTYPE, Chunk, TablePlan
 from embsearch_plugin.randomness import private_random
 from embsearch_plugin.supernet.bags import check_ids, ids_of, ordered, rows_at
 from embsearch_plugin.supernet.slots import Slot, slots_of
 
 
 class TableIndex(FixedIndex):
-    """Where a table's rows and columns went. Holds a remap and a placement only where the plan needs them."""
+    """Where a table's rows and columns went, and what makes D columns of those that are stored; only what the plan needs.
 
-    def __init__(self, plan: TablePlan) -> None:
+    A projection starts as the identity: the first K columns of the output are the stored ones.
+    """
+
+    def __init__(self, plan: TablePlan, device: torch.device) -> None:
         super().__init__()
         self.remap: Tensor | None
         self.placement: Tensor | None
+        self.projection: nn.Parameter | None
+        self.bias: nn.Parameter | None
         self.register_buffer("remap", _remap(plan))
         self.register_buffer("placement", _placement(plan))
+        width, dim = plan.width, plan.table.dim
+        projection = torch.eye(width, dim, dtype=PROJECTION_DTYPE, device=device) if plan.projection else None
+        bias = torch.zeros(dim, dtype=PROJECTION_DTYPE, device=device) if plan.bias else None
+        self.register_parameter("projection", None if projection is None else nn.Parameter(projection))
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+
+    def outputs(self, columns: Tensor) -> Tensor:
+        """Return the table's output (B, D), of its stored columns padded with zeros to (B, D)."""
+        if self.projection is not None:
+            columns = columns[:, : self.projection.shape[0]] @ self.projection
+        return columns if self.bias is None else columns + self.bias
 
 
 def _remap(plan: TablePlan) -> Tensor | None:
@@ -102,7 +119,10 @@ class CompactEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         tables = _chunk_configs(configs, plans, self._parts, self._slots)
         self.chunks: EmbeddingBagCollectionInterface | None
         self.chunks = _chunk_tables(tables, plans, is_weighted, device) if tables else None
-        self.index = nn.ModuleList(TableIndex(plan) for plan in plans)
+        self.index = nn.ModuleList(TableIndex(plan, device) for plan in plans)
+        self._plain = not any(s.mean for s in self._slots) and all(
+            plan.mask is None and not plan.projection and not plan.bias for plan in plans
+        )
         self.fine = nn.ModuleDict({str(i): FineTable(plan, device) for i, plan in enumerate(plans) if plan.mask is not None})
         if device.type != "meta":
             self.to(device)
@@ -137,12 +157,12 @@ class CompactEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         features = ordered(features, self._features)
         lengths = dict(zip(self._features, features.lengths().view(len(self._features), -1), strict=True))
         output = self._stored_columns(features, lengths)
-        if self.fine or any(slot.mean for slot in self._slots):
-            output = self._with_fine_and_means(output, features, lengths)
+        if not self._plain:
+            output = self._finished(output, features, lengths)
         return KeyedTensor([s.key for s in self._slots], [s.dim for s in self._slots], output)
 
-    def _with_fine_and_means(self, output: Tensor, features: KeyedJaggedTensor, lengths: Mapping[str, Tensor]) -> Tensor:
-        """Put fine-grained tables' columns into the output, (B, sum of dims), and divide sums where means are wanted."""
+    def _finished(self, output: Tensor, features: KeyedJaggedTensor, lengths: Mapping[str, Tensor]) -> Tensor:
+        """Put in fine-grained tables' columns, divide sums where means are wanted, project: (B, sum of dims)."""
         columns = list(output.split([slot.dim for slot in self._slots], dim=1))
         bags = features.to_dict() if self.fine else {}
         for number, slot in enumerate(self._slots):
@@ -152,6 +172,7 @@ class CompactEmbeddingBagCollection(EmbeddingBagCollectionInterface):
                 columns[number] = self.fine[str(slot.table)](bags[slot.feature], self._weighted)
             if slot.mean:
                 columns[number] = columns[number] / lengths[slot.feature].clamp(min=1)[:, None]
+            columns[number] = self._index(slot).outputs(columns[number])
         return torch.cat(columns, dim=1)
 
     def _stored_columns(self, features: KeyedJaggedTensor, lengths: Mapping[str, Tensor]) -> Tensor:

@@ -9,11 +9,13 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from embsearch_plugin.collection import FoundCollection
 from embsearch_plugin.compact.collection import CompactEmbeddingBagCollection, chunk_name
+from embsearch_plugin.compact.fold import UNFOLDED, Fold
 from embsearch_plugin.fused import FusedEmbeddingBags, carry_state
-from embsearch_plugin.optimizers import Slice, replace_parameter
-from embsearch_plugin.plan import SizePlan, TablePlan
+from embsearch_plugin.optimizers import Slice, add_beside, replace_parameter
+from embsearch_plugin.plan import Chunk, SizePlan, TablePlan
 from embsearch_plugin.plugins import build_compact
 from embsearch_plugin.search.tables import SearchedTables
+from embsearch_plugin.supernet.searchable import SearchableEmbeddingBagCollection
 
 
 def slices_of(
@@ -22,6 +24,7 @@ def slices_of(
     plan: TablePlan,
     gate: Tensor | None = None,
     lookup: Tensor | None = None,
+    fold: Fold = UNFOLDED,
 ) -> Iterator[Slice]:
     """Yield what each stored tensor of a table keeps of the original.
 
@@ -29,8 +32,9 @@ def slices_of(
         compact: the compact collection.
         index: the table's place in it.
         plan: what the table keeps.
-        gate: (S, D), folded into the weights.
+        gate: (S, W), folded into the weights.
         lookup: (V,), each row's block.
+        fold: what the plan's columns are in the searched table.
     """
     row_gates = None if gate is None or lookup is None or bool((gate == 1).all()) else (gate.cpu(), lookup.long())
     if plan.mask is not None:
@@ -41,9 +45,10 @@ def slices_of(
         return
     for number, chunk in enumerate(plan.chunks):
         rows = _kept_rows(plan, chunk.rows)
-        columns = _kept_columns(plan, chunk.start, chunk.width)
+        columns = _kept_columns(plan, fold, chunk)
         gates = None if row_gates is None else _gates_of(*row_gates, rows, columns)
-        yield Slice(compact.chunk_weight(index, number), rows, columns, gates=gates)
+        rotation = None if fold.rotation is None else fold.rotation[:, chunk.start : chunk.start + chunk.width]
+        yield Slice(compact.chunk_weight(index, number), rows, columns, gates=gates, rotation=rotation)
 
 
 def _kept_rows(plan: TablePlan, count: int) -> Tensor | None:
@@ -54,24 +59,21 @@ def _kept_rows(plan: TablePlan, count: int) -> Tensor | None:
     return None if count == plan.table.rows else torch.arange(count)
 
 
-def _kept_columns(plan: TablePlan, start: int, width: int) -> Tensor | None:
-    if width == plan.table.dim and plan.columns is None:
+def _kept_columns(plan: TablePlan, fold: Fold, chunk: Chunk) -> Tensor | None:
+    """Return the columns of the searched table that a chunk stores; ``None`` for all of them."""
+    if fold.rotation is not None:
+        return None
+    if fold.columns is not None:
+        return fold.columns[chunk.start : chunk.start + chunk.width]
+    if chunk.width == plan.table.dim and plan.columns is None:
         return None
     columns = torch.tensor(plan.columns) if plan.columns is not None else torch.arange(plan.table.dim)
-    return columns[start : start + width]
+    return columns[chunk.start : chunk.start + chunk.width]
 
 
 def _gates_of(gate: Tensor, lookup: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
     blocks = lookup if rows is None else lookup[rows]
     return (gate if columns is None else gate[:, columns]).index_select(0, blocks)
-
-
-@torch.no_grad()
-def fill(part: Slice, weight: nn.Parameter) -> None:
-    """Write the kept weights, times their gates, into the new parameter; frozen tables stay frozen."""
-    kept = part.of(weight)
-    part.new.copy_(kept if part.gates is None else kept.float() * part.gates.to(kept.device))
-    part.new.requires_grad_(weight.requires_grad)
 
 
 def compact_form(found: FoundCollection, plans: Sequence[TablePlan], training: bool) -> CompactEmbeddingBagCollection:
@@ -86,7 +88,9 @@ def compact_form(found: FoundCollection, plans: Sequence[TablePlan], training: b
     return compact.train(training)
 
 
-def rewrite(model: nn.Module, tables: SearchedTables, plan: SizePlan, optimizers: Sequence[Optimizer]) -> list[str]:
+def rewrite(
+    model: nn.Module, tables: SearchedTables, plan: SizePlan, folds: Sequence[Fold], optimizers: Sequence[Optimizer]
+) -> list[str]:
     """Replace every searchable collection by its compact form, weights and optimizer state carried over.
 
     Everything is built and filled before anything is replaced.
@@ -94,20 +98,41 @@ def rewrite(model: nn.Module, tables: SearchedTables, plan: SizePlan, optimizers
     Returns:
         The tables that can be trained and that no optimizer holds.
     """
-    rewritten = [_rewritten(tables, number, plans) for number, plans in enumerate(tables.split(plan.tables))]
+    by_collection = zip(tables.split(plan.tables), tables.split(folds), strict=True)
+    rewritten = [_rewritten(tables, number, *parts) for number, parts in enumerate(by_collection)]
     orphans = []
     for found, supernet, (compact, slices) in zip(tables.found, tables.supernets, rewritten, strict=True):
         found.replace_in(model, compact)
         for index, parts in enumerate(slices):
             weight = supernet.table_weight(index)
+            _exchange_outputs(compact, supernet, index, optimizers)
             held = [replace_parameter(optimizer, weight, parts) for optimizer in optimizers]
             if not any(held) and weight.requires_grad and supernet.is_plain and parts:
                 orphans.append(str(found.tables[index]))
     return orphans
 
 
+def _exchange_outputs(
+    compact: CompactEmbeddingBagCollection,
+    supernet: SearchableEmbeddingBagCollection,
+    index: int,
+    optimizers: Sequence[Optimizer],
+) -> None:
+    """Let the optimizers train a table's projection and bias in place of what followed its lookup; their state is new.
+
+    They join the table's group; where no optimizer holds the table (fused kernels train it), the first optimizer's.
+    """
+    new = list(compact.index[index].parameters())
+    for parameter in supernet.form_parameters(index):
+        for optimizer in optimizers:
+            replace_parameter(optimizer, parameter, [])
+    weight = supernet.table_weight(index)
+    if new and optimizers and not any(add_beside(optimizer, weight, new) for optimizer in optimizers):
+        optimizers[0].add_param_group({"params": new})
+
+
 def _rewritten(
-    tables: SearchedTables, number: int, plans: Sequence[TablePlan]
+    tables: SearchedTables, number: int, plans: Sequence[TablePlan], folds: Sequence[Fold]
 ) -> tuple[CompactEmbeddingBagCollection, list[list[Slice]]]:
     """Build and fill one collection's compact form; return it with what each of its parameters keeps of each table."""
     found, supernet = tables.found[number], tables.supernets[number]
@@ -115,13 +140,22 @@ def _rewritten(
     slices = []
     for index, plan in enumerate(plans):
         cut = None if tables.blocks is None else tables.split(tables.blocks)[number][index]
-        gate = None if cut is None else supernet.gates[index]
-        slices.append(list(slices_of(compact, index, plan, gate, None if cut is None else cut.lookup())))
+        gate = None if cut is None else supernet.row_gates(index)
+        slices.append(list(slices_of(compact, index, plan, gate, None if cut is None else cut.lookup(), folds[index])))
         for part in slices[-1]:
-            fill(part, supernet.table_weight(index))
+            part.fill(supernet.table_weight(index))
+        _fill_outputs(compact.index[index], folds[index])
     if isinstance(supernet.inner, FusedEmbeddingBags):
         _fuse_alike(supernet.inner, compact, slices)
     return compact, slices
+
+
+@torch.no_grad()
+def _fill_outputs(output: nn.Module, fold: Fold) -> None:
+    """Write the projection and the bias; where the search has none of its own they stay the identity and zero."""
+    for parameter, value in ((output.projection, fold.projection), (output.bias, fold.bias)):
+        if isinstance(parameter, nn.Parameter) and value is not None:
+            parameter.copy_(value[: len(parameter)])
 
 
 def _fuse_alike(old: FusedEmbeddingBags, compact: CompactEmbeddingBagCollection, slices: Sequence[Sequence[Slice]]) -> None:

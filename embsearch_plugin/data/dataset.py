@@ -15,6 +15,7 @@ from torchrec.datasets.utils import Batch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embsearch_plugin.errors import DataError
+from embsearch_plugin.tasks import CLICK, Task
 
 Split = Literal["train", "validation", "test"]
 
@@ -29,10 +30,19 @@ class Field:
 
 @dataclass(frozen=True)
 class Schema:
-    """The inputs of one example: an id for each of F fields, and a number for each name in ``dense``."""
+    """The inputs of one example, and what a model is asked about it.
+
+    Args:
+        fields: an id for each of F fields.
+        dense: the names of the numbers.
+        items: the names of those fields that describe the item, where the others describe its user.
+        task: what a model is asked.
+    """
 
     fields: tuple[Field, ...]
     dense: tuple[str, ...]
+    items: tuple[str, ...] = ()
+    task: Task = CLICK
 
 
 class Batches(ABC):

@@ -11,17 +11,10 @@ from typing import Any, Literal, TypeVar
 import cattrs
 
 from embsearch_plugin.errors import RunFolderError
+from embsearch_plugin.tasks import CLICK, TASKS, Score, Task
 
 Number = float | None
 """A measurement; None where it is undefined, as the AUC of a single class is."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """The quality of one model on one split."""
-
-    auc: Number
-    log_loss: Number
 
 
 @dataclass(frozen=True)
@@ -77,6 +70,7 @@ class Metrics:
     cells: list[Cell]
     course: list[dict[str, Any]]
     rows: dict[str, str] = field(default_factory=dict)  # from plugins, by the hook embsearch_report_rows
+    task: Task = CLICK  # by its name
 
 
 @dataclass(frozen=True)
@@ -163,6 +157,7 @@ def finite(value: Any) -> float | None:
 
 _converter = cattrs.Converter()
 _converter.register_structure_hook(Number, lambda value, _: finite(value))
+_converter.register_structure_hook(Task, lambda value, _: TASKS[value])
 
 
 def _malformed(where: str, problems: list[str]) -> RunFolderError:
@@ -180,6 +175,10 @@ def _contradictions(metrics: Metrics) -> Iterator[str]:
             yield f"a cell that is done has bytes and validation figures {at}"
         if cell.chosen and not (cell.done and cell.test):
             yield f"a cell that is chosen is done and has test figures {at}"
+        for split, score in (("validation", cell.validation), ("test", cell.test)):
+            missing = [metric.key for metric in metrics.task.metrics if score is not None and metric.key not in score]
+            if missing:
+                yield f"a {metrics.task.name} model has figures for {', '.join(missing)} {at}.{split}"
     yield from _doubtful_groups([cell for cell in metrics.cells if cell.chosen])
 
 

@@ -5,25 +5,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from embsearch_plugin.report.inputs import Budget, Cell, Metrics, Number, Score
+from embsearch_plugin.report.inputs import Budget, Cell, Metrics, Number
 from embsearch_plugin.report.numbers import Estimate
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A figure that models are compared by: its field in a :class:`Score`, its name, and 1 if more is better, else -1."""
-
-    field: str
-    name: str
-    sign: int
-
-    def of(self, score: Score | None) -> Number:
-        """Return the figure in ``score``."""
-        return None if score is None else getattr(score, self.field)
-
-
-AUC = Metric("auc", "AUC", 1)
-LOG_LOSS = Metric("log_loss", "log loss", -1)
+from embsearch_plugin.tasks import Metric, Score, Task
 
 
 @dataclass(frozen=True)
@@ -112,10 +96,10 @@ def dense(found: Iterable[Result]) -> Result | None:
     return next((result for result in found if result.budget is None and result.chosen), None)
 
 
-def common_metric(found: Iterable[Result]) -> Metric | None:
-    """Return what all results that exist can be compared by: AUC, or log loss where an AUC is undefined, or None."""
+def common_metric(found: Iterable[Result], task: Task) -> Metric | None:
+    """Return the first of the task's metrics that is defined for all results that exist, or None."""
     tested = [result for result in found if result.chosen]
-    return next((metric for metric in (AUC, LOG_LOSS) if all(result.test(metric) for result in tested)), None)
+    return next((metric for metric in task.metrics if all(result.test(metric) for result in tested)), None)
 
 
 def trial_text(trial: dict[str, Any]) -> str:

@@ -48,7 +48,7 @@ def after_weight_step(
 
 
 def _other_weights(model: nn.Module, tables: SearchedTables) -> dict[str, nn.Parameter]:
-    inside = {id(p) for supernet in tables.supernets for p in supernet.parameters()}
+    inside = {id(p) for supernet in tables.supernets for p in supernet.inner.parameters()}
     return {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside}
 
 

@@ -16,6 +16,7 @@ from embsearch_plugin.algorithms.base import Algorithm, AlgorithmConfig
 from embsearch_plugin.autocast import Autocast
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import Table
+from embsearch_plugin.compact.fold import UNFOLDED, Fold
 from embsearch_plugin.compact.rewrite import rewrite
 from embsearch_plugin.errors import AttachError, NonFiniteLoss, ObjectiveError, PlanError, SessionError
 from embsearch_plugin.hookspecs import PROJECT, SessionHooks
@@ -28,6 +29,7 @@ from embsearch_plugin.search.second_order import after_weight_step
 from embsearch_plugin.search.tables import SearchedTables, SearchTable
 from embsearch_plugin.search.validation import ValidationStream
 from embsearch_plugin.space import RowBlocks, SearchSpace
+from embsearch_plugin.supernet.forms import Form
 from embsearch_plugin.supernet.searchable import TooSmallBatch
 
 log = logging.getLogger(__name__)
@@ -50,20 +52,21 @@ class Session:
         model: nn.Module,
         algorithm: AlgorithmConfig,
         budget: Budget,
-        space: SearchSpace,
+        space: SearchSpace | None = None,
         objective: Objective = train_task,
         frequencies: Frequencies | None = None,
         fused: Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
-        self.model, self.config, self.budget, self.space = model, algorithm, budget, space
+        self.model, self.config, self.budget, self.space = model, algorithm, budget, algorithm.space(space)
         self.step_count = self.search_steps = 0
         self.algorithm: Algorithm = algorithm.build()
         self._objective, self._seed = objective, seed
         self._observers = [o for some in manager().hook.embsearch_register_observers(session=self) for o in some]
         self._plugins = _plugins_of(self.algorithm, self._observers)  # before the model is touched: it may fail
-        self._searched: SearchedTables | None = SearchedTables(model, space, fused)  # None once the search is over
-        self._ranking = Ranking(self._tables, space, frequencies, self._run_to_count)
+        # None once the search is over
+        self._searched: SearchedTables | None = SearchedTables(model, self.space, fused, algorithm.form)
+        self._ranking = Ranking(self._tables, self.space, frequencies, self._run_to_count)
         model.__dict__[ATTRIBUTE] = self
         self._pre_hook = model.register_forward_pre_hook(_before_forward, with_kwargs=True)
         self._optimizers: list[Optimizer] = []
@@ -93,7 +96,7 @@ class Session:
 
     @property
     def gates(self) -> list[Tensor]:
-        """The gates of the next weight steps, per table float32 (S, D)."""
+        """The gates of the next weight steps, per table float32 (S, C); C is the table's width, or what its form weighs."""
         return self._tables.gates
 
     @property
@@ -102,11 +105,26 @@ class Session:
         return self._tables.original_bytes
 
     def set_gates(self, gates: Sequence[Tensor]) -> None:
-        """Write the gates of the next weight steps, per table (S, D)."""
+        """Write the gates of the next weight steps, and of evaluation, per table (S, C)."""
         self._tables.set_gates(gates)
 
+    def use_gates(self, gates: Sequence[Tensor] | None, group: int = 1) -> None:
+        """Use other gates in training forwards until told otherwise; ``None`` for those that were written.
+
+        Args:
+            gates: per table (S, C), or (N, S, C) with gates for each group of examples: example b reads those of group
+                ``b // group`` modulo N. They may carry a graph: then ``loss.backward()`` of the loop reaches what they
+                are made of.
+            group: how many examples share gates.
+        """
+        self._tables.use_gates(gates, group)
+
+    def form(self, table: int) -> Form:
+        """Return what follows a table's lookup, as the config's ``form`` made it."""
+        return self._tables.form(table)
+
     def merged_weight(self, table: int) -> Tensor:
-        """Return a table's weights times their gates, float32 (V, D): its rows as the model sees them."""
+        """Return a table's weights times the gates that multiply its rows, float32 (V, W): before its form, if it has one."""
         return self._tables.merged_weight(table)
 
     @property
@@ -115,13 +133,37 @@ class Session:
         return self._ranking.counts()
 
     def block_energy(self, table: int) -> Tensor:
-        """Return the sum of squares of the merged weights, per row block and column: float64 (S, D)."""
+        """Return the sum of squares of the merged weights, per row block and column: float64 (S, W)."""
         return self._tables.block_energy(table)
 
-    def evaluate(self, batch: Any, gates: Sequence[Tensor]) -> Outcome:
-        """Run the objective with ``gates`` in place of the current ones; leaves no trace in the model."""
-        with self._own_forward(), self._tables.searching(gates):
+    def evaluate(self, batch: Any, gates: Sequence[Tensor], group: int = 1) -> Outcome:
+        """Run the objective with ``gates`` in place of the current ones, as for :meth:`use_gates`; leaves no trace."""
+        with self._own_forward(), self._tables.searching(gates, group=group):
             return outcome_of(self._objective, self.model, batch)
+
+    def validation_batches(self, count: int) -> list[Any]:
+        """Return the validation loader's first ``count`` batches, or all it has; search steps do not miss them.
+
+        Raises:
+            SessionError: where no loader was attached.
+        """
+        self._check_not_over()
+        if self._validation is None:
+            raise SessionError(f"{self.config.name} needs validation batches here: attach(optimizer, validation=...) first.")
+        return [move(batch, self._tables.device) for batch in self._validation.first(count)]
+
+    def row_gradients(self, batch: Any) -> list[Tensor]:
+        """Return rows whose outer products add up to the mean of g g^T over the batch's examples: per table float32 (n, D).
+
+        g is the gradient of an example's loss with respect to a looked-up row, summed over its lookups in g g^T; the loss is
+        taken to be a mean over examples. There is a row for each bag that is not empty: all its ids have the gradient of
+        the bag's output (divided by their number, where a table is averaged). Weights of ids are not looked at. Leaves no
+        trace in the model.
+        """
+        with self._own_forward(), self._tables.capturing() as captured:
+            outcome = outcome_of(self._objective, self.model, batch)
+            gradients = self._checked_gradients(outcome.loss, [output.values for output in captured])
+        return self._tables.rows_of(captured, gradients)
 
     def gate_gradients(
         self, batch: Any, gates: Sequence[Tensor], leaves: Sequence[Tensor], xi: float = 0.0
@@ -183,6 +225,15 @@ class Session:
         self._training = None if training is None else ValidationStream(training, self._seed)
         self._optimizers = optimizers
         self._step_hooks = [each.register_step_post_hook(self._after_optimizer_step) for each in optimizers]
+        self._train_forms(optimizers[0])
+
+    def _train_forms(self, optimizer: Optimizer) -> None:
+        """Let the optimizer train what the search added to the model, where it was made before."""
+        held = {id(p) for each in self._optimizers for group in each.param_groups for p in group["params"]}
+        added = [p for p in self._tables.added_parameters() if id(p) not in held]
+        if added:
+            optimizer.add_param_group({"params": added})
+            log.info("the optimizer was made before the search: %d parameters of the search were added to it", len(added))
 
     def detach(self) -> None:
         """Take no more search steps by themselves; ``attach`` may be called again.
@@ -273,7 +324,8 @@ class Session:
         autocast = self._tables.supernets[0].autocast or Autocast.now(self._tables.device.type)
         seed = self._seed * 1_000_003 + self.search_steps
         try:
-            with untouched(self.model, self._tables.supernets, seed), autocast.again(), torch.enable_grad():
+            tables = [supernet.inner for supernet in self._tables.supernets]
+            with untouched(self.model, tables, seed), autocast.again(), torch.enable_grad():
                 yield
         finally:
             self._inside = False
@@ -321,6 +373,11 @@ class Session:
             self._plugins.hook.embsearch_plan_changed(session=self, step=self.step_count, previous=previous, current=plan)
         return plan
 
+    def folds(self, plan: SizePlan) -> Sequence[Fold]:
+        """Return, per table, what the columns that ``plan`` stores are in the searched model, and what follows them."""
+        folds: Sequence[Fold] | None = self._plugins.hook.embsearch_fold(session=self, plan=plan)
+        return [UNFOLDED] * len(plan.tables) if folds is None else folds
+
     def compact(self, plan: SizePlan, optimizer: Optimizer | Sequence[Optimizer] = ()) -> nn.Module:
         """Rewrite the model in place with compact tables, and the optimizers' state with them; return the model.
 
@@ -348,7 +405,7 @@ class Session:
         for supernet in self._tables.supernets:
             supernet.fuse()  # where no forward has run yet
         more = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
-        orphans = rewrite(self.model, self._tables, plan, list(dict.fromkeys([*self._optimizers, *more])))
+        orphans = rewrite(self.model, self._tables, plan, self.folds(plan), list(dict.fromkeys([*self._optimizers, *more])))
         if orphans:
             log.warning(
                 "no optimizer holds the compact tables of %s: pass theirs to compact(plan, optimizer), or make a new one",

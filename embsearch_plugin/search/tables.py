@@ -1,6 +1,6 @@
 """The tables of a searched model, over all its collections, as one list."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -14,7 +14,8 @@ from embsearch_plugin.errors import SessionError, SpaceError, UnsupportedCollect
 from embsearch_plugin.fused import FusedEmbeddingBags
 from embsearch_plugin.plugins import build_supernet, find_collections
 from embsearch_plugin.space import RowBlocks, SearchSpace
-from embsearch_plugin.supernet.searchable import SearchableEmbeddingBagCollection
+from embsearch_plugin.supernet.forms import Form
+from embsearch_plugin.supernet.searchable import Captured, SearchableEmbeddingBagCollection
 from embsearch_plugin.supernet.virtual import VirtualRows
 
 T = TypeVar("T")
@@ -35,16 +36,26 @@ class SearchedTables:
         model: its collections are replaced by searchable ones.
         space: how tables are cut.
         fused: TorchRec's ``fused_params``, where the tables are to be trained by fused kernels.
+        form: what is to follow a table's lookup; the same kind for all, or ``None`` for all.
     """
 
-    def __init__(self, model: nn.Module, space: SearchSpace, fused: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        space: SearchSpace,
+        fused: Mapping[str, Any] | None = None,
+        form: Callable[[Table], Form | None] = lambda table: None,
+    ) -> None:
         self.found = find_collections(model)
         for found in self.found:
             refuse_ties(model, found)
-        self.supernets = [cast(SearchableEmbeddingBagCollection, build_supernet(f, space)) for f in self.found]
         self.specs: list[Table] = [table for found in self.found for table in found.tables]
+        forms = [[made for table in found.tables if (made := form(table)) is not None] for found in self.found]
         if fused is not None:
             _check_widths(self.specs, space)
+        self.supernets = [
+            cast(SearchableEmbeddingBagCollection, build_supernet(f, own)) for f, own in zip(self.found, forms, strict=True)
+        ]
         for supernet in self.supernets:
             supernet.fused_params = fused
         self.blocks: list[RowBlocks] | None = None
@@ -96,40 +107,89 @@ class SearchedTables:
 
     @property
     def gates(self) -> list[Tensor]:
-        """The gates, per table float32 (S, D)."""
+        """The gates, per table float32 (S, C)."""
         return [gate for supernet in self.supernets for gate in supernet.gates]
 
     def set_gates(self, gates: Sequence[Tensor]) -> None:
-        """Write the gates, per table (S, D)."""
+        """Write the gates, per table (S, C)."""
         for supernet, part in zip(self.supernets, self.split(gates), strict=True):
             supernet.set_gates([gate.detach() for gate in part])
 
+    def use_gates(self, gates: Sequence[Tensor] | None, group: int) -> None:
+        """Use ``gates``, per table (S, C) or (N, S, C), in training forwards from now on; ``None`` for those written."""
+        for supernet, part in zip(self.supernets, self.split(gates or [None] * len(self.specs)), strict=True):
+            supernet.next_gates = None if gates is None else cast(list[Tensor], part)
+            supernet.group = group
+
     @contextmanager
-    def searching(self, gates: Sequence[Tensor], virtual: VirtualRows | None = None) -> Iterator[None]:
+    def searching(self, gates: Sequence[Tensor], virtual: VirtualRows | None = None, group: int = 1) -> Iterator[None]:
         """Within it, ``gates`` take the place of the current ones, and no table gets a gradient."""
         with ExitStack() as stack:
             for supernet, part in zip(self.supernets, self.split(gates), strict=True):
-                stack.enter_context(supernet.searching(part, virtual))
+                stack.enter_context(supernet.searching(part, virtual, group))
             yield
+
+    @contextmanager
+    def capturing(self) -> Iterator[list[Captured]]:
+        """Within it, the collections' outputs are leaves of the graph, and are added to the list."""
+        captured: list[Captured] = []
+        for supernet in self.supernets:
+            supernet.captured = captured
+        try:
+            with self.searching(self.gates):
+                yield captured
+        finally:
+            for supernet in self.supernets:
+                supernet.captured = None
+
+    def rows_of(self, captured: Sequence[Captured], gradients: Sequence[Tensor]) -> list[Tensor]:
+        """Return what :meth:`Session.row_gradients` does, of the gradients of what was captured."""
+        found: list[list[Tensor]] = [[] for _ in self.specs]
+        for output, gradient in zip(captured, gradients, strict=True):
+            first = sum(len(supernet.tables) for supernet in self.supernets[: self.supernets.index(output.supernet)])
+            for table, rows in output.row_gradients(gradient):
+                found[first + table].append(rows)
+        return [torch.cat(rows) for rows in found]
 
     def weight_pieces(self, table: int) -> list[tuple[int, int, Tensor]]:
         """Return the parts of a table's weights on this process, as (first row, first column, weights)."""
-        (pieces,) = [
-            supernet.weight_pieces(numbers.index(table))
-            for supernet, numbers in zip(self.supernets, self.split(range(len(self.specs))), strict=True)
-            if table in numbers
-        ]
-        return pieces
+        supernet, number = self._place(table)
+        return supernet.weight_pieces(number)
+
+    def added_parameters(self) -> list[nn.Parameter]:
+        """Return what forms brought with them: their parameters, and tables of another width than the original's."""
+        added: list[nn.Parameter] = []
+        for found, supernet in zip(self.found, self.supernets, strict=True):
+            added += supernet.forms.parameters()
+            added += supernet.inner.parameters() if supernet.is_plain and supernet.inner is not found.module else ()
+        return added
+
+    def form(self, table: int) -> Form:
+        """Return what follows a table's lookup."""
+        supernet, number = self._place(table)
+        return cast(Form, supernet.forms[number])
+
+    def _row_gates(self, table: int) -> Tensor:
+        supernet, number = self._place(table)
+        return supernet.row_gates(number)
+
+    def _place(self, table: int) -> tuple[SearchableEmbeddingBagCollection, int]:
+        """Return the collection that holds a table, and the table's number there."""
+        for supernet in self.supernets:
+            if table < len(supernet.tables):
+                return supernet, table
+            table -= len(supernet.tables)
+        raise IndexError(f"there are {len(self.specs)} tables")
 
     def merged_weight(self, table: int) -> Tensor:
-        """Return a table's weights times their gates, float32 (V, D): its rows as the model sees them."""
+        """Return a table's weights times the gates that multiply rows, float32 (V, W)."""
         ((_, _, weight),) = self.weight_pieces(table)
         lookup = self._lookup(table).to(weight.device)
-        return weight.detach().float() * self.gates[table].index_select(0, lookup)
+        return weight.detach().float() * self._row_gates(table).index_select(0, lookup)
 
     def block_energy(self, table: int) -> Tensor:
-        """Return the sum of squares of the merged weights, per row block and column: float64 (S, D)."""
-        gate = self.gates[table].double().cpu()
+        """Return the sum of squares of the merged weights, per row block and column: float64 (S, W)."""
+        gate = self._row_gates(table).double().cpu()
         energy, lookup = torch.zeros_like(gate), self._lookup(table)
         for row, column, weight in self.weight_pieces(table):
             squares = weight.detach().double().cpu().square()

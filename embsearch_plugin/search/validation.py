@@ -1,6 +1,7 @@
 """Validation batches for search steps: a loader that never ends and draws from no random state but its own."""
 
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -48,6 +49,11 @@ class ValidationStream:
             "the loader gave no batch; a search step needs at least one.\n"
             "  Possible solutions: 1) drop_last=False  2) a smaller batch size  3) a larger validation split."
         )
+
+    def first(self, count: int) -> list[Any]:
+        """Return the first ``count`` batches of the first pass, or all there are; the position stays."""
+        with private_random(self.seed, _generators(self.loader)):
+            return list(islice(iter(self.loader), count))
 
     def _new_pass(self) -> Iterator[Any]:
         """Start anew; loaders and samplers that shuffle by epoch (as DistributedSampler) are told which it is."""

@@ -1,14 +1,20 @@
 """The searchable collection: the user's own EmbeddingBagCollection, and gates on what it looks up.
 
-    output of a bag = sum over ids i of  w_i * E[i] * G[block(i), :]          G: S x D per table
+    output of a bag = T( sum over ids i of  w_i * E[i] * G[block(i), :] )          G: S x W per table
+
+T is the table's form, where the algorithm has one (:mod:`embsearch_plugin.supernet.forms`); otherwise W is D and T nothing.
 
 The collection itself is kept inside, untouched: its parameters, its kernels and (once sharded) its communication are what
 they were. Gates act on what comes out. A bag of one id comes out as one row, to be multiplied by one gathered gate row. A
 longer bag is split by row block first, so that every part of it has one gate row.
+
+Shapes: gates of a table are (S, C), or (N, S, C) for gates that groups of examples share: example b reads those of group
+(b // examples of a group) modulo N. C is W, or the number of candidates where the form weighs them.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from math import gcd, prod
 from typing import Any
@@ -37,6 +43,7 @@ from embsearch_plugin.supernet.bags import (
     rows_at,
     split_by_cell,
 )
+from embsearch_plugin.supernet.forms import Form
 from embsearch_plugin.supernet.gating import gate_cells, gate_rows
 from embsearch_plugin.supernet.slots import Slot, slots_of
 from embsearch_plugin.supernet.virtual import VirtualRows
@@ -53,20 +60,32 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     """An EmbeddingBagCollection whose output is gated by row block and column.
 
     Input, output keys, their order, dims and dtype are the original's. ``state_dict`` keys too: the collection inside
-    does not show in them.
+    does not show in them; forms add theirs.
 
     Args:
-        inner: the original collection.
-        tables: its tables.
+        inner: the original collection; one of the forms' widths, where these differ.
+        tables: the original tables.
+        configs: the original configs.
+        forms: one per table, all of a kind; or none.
     """
 
-    def __init__(self, inner: EmbeddingBagCollectionInterface, tables: Sequence[Table]) -> None:
+    def __init__(
+        self,
+        inner: EmbeddingBagCollectionInterface,
+        tables: Sequence[Table],
+        configs: Sequence[EmbeddingBagConfig],
+        forms: Sequence[Form] = (),
+    ) -> None:
         super().__init__()
         self.inner = inner
         self.tables = tuple(tables)
-        self._configs: list[EmbeddingBagConfig] = inner.embedding_bag_configs()
+        self.forms = nn.ModuleList(forms)
+        self.weighs = any(form.weighs for form in forms)
+        self._configs = list(configs)
         self._weighted: bool = inner.is_weighted()
-        self.slots = slots_of(self._configs)
+        self.slots = slots_of(inner.embedding_bag_configs())  # as looked up, W columns each
+        self._widths = [config.embedding_dim for config in inner.embedding_bag_configs()]
+        self.output_dims = [slot.dim for slot in slots_of(configs)]
         self._features = list(dict.fromkeys(slot.feature for slot in self.slots))
         self.counts: list[Tensor] | None = None  # per table (V,), while ids are counted
         self.counts_always = False  # in every forward, not in training only
@@ -77,8 +96,14 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         # must stay float32 where the model is converted.
         self._gates: list[Tensor] = []
         self._blocks: list[Tensor] = []
-        self._candidates: list[Tensor] | None = None  # gates of a search step, in place of the buffers
+        if self.weighs:
+            self._gates = [torch.full((1, form.n_gates), 1 / form.n_gates) for form in forms]
+        self.next_gates: list[Tensor] | None = None  # of training forwards, in place of the gates; may carry a graph
+        self._candidates: list[Tensor] | None = None  # gates of a search step, in place of either
+        self._used: list[Tensor] = []  # the gates of the forward that is running
+        self.group = 1  # examples that share gates, where gates are those of groups
         self._virtual: VirtualRows | None = None
+        self.captured: list[Captured] | None = None  # outputs, while a gradient is wanted there
         self.smallest_batch = 1
         self._pieces: _Pieces | None = None
         self.register_state_dict_post_hook(_hide_inner)
@@ -100,22 +125,30 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     def set_blocks(self, blocks: Sequence[RowBlocks], device: torch.device) -> None:
         """Say which row is in which block. Gates start at one; later calls keep them."""
         self._blocks = [cut.lookup().to(device) for cut in blocks]
-        if self._pieces is None:
+        if self._pieces is None and not self.weighs:
             self._gates = [
-                torch.ones(len(cut.sizes), table.dim, dtype=torch.float32, device=device)
-                for table, cut in zip(self.tables, blocks, strict=True)
+                torch.ones(len(b.sizes), width, device=device) for width, b in zip(self._widths, blocks, strict=True)
             ]
         self._pieces = _Pieces(self.slots, [len(cut.sizes) for cut in blocks])
 
     def set_gates(self, gates: Sequence[Tensor]) -> None:
-        """Write the gates, per table (S, D)."""
+        """Write the gates, per table (S, C)."""
         for mine, gate in zip(self._gates, gates, strict=True):
             mine.copy_(gate)
 
     @property
     def gates(self) -> list[Tensor]:
-        """The gates, per table float32 (S, D); none before :meth:`set_blocks`."""
+        """The gates, per table float32 (S, C); none before :meth:`set_blocks`, unless forms weigh."""
         return self._gates
+
+    def row_gates(self, table: int) -> Tensor:
+        """Return the gates that multiply a table's rows, float32 (S, W); one where its form weighs candidates instead."""
+        gates = self._gates[table]
+        return gates.new_ones(len(gates), self._widths[table]) if self.weighs else gates
+
+    def form_parameters(self, table: int) -> list[nn.Parameter]:
+        """Return the parameters of a table's form."""
+        return list(self.forms[table].parameters()) if len(self.forms) else []
 
     @property
     def is_plain(self) -> bool:
@@ -135,6 +168,7 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SearchableEmbeddingBagCollection":
         super()._apply(fn, recurse)
         self._gates = [gate.to(self.device) for gate in self._gates]
+        self.next_gates = None
         self._blocks = [block.to(self.device) for block in self._blocks]
         return self
 
@@ -162,17 +196,19 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         return [(0, 0, weight)] if distributed.is_first() else []  # replicated
 
     @contextmanager
-    def searching(self, candidates: Sequence[Tensor], virtual: VirtualRows | None = None) -> Iterator[None]:
+    def searching(self, candidates: Sequence[Tensor], virtual: VirtualRows | None = None, group: int = 1) -> Iterator[None]:
         """Within it, ``candidates`` take the place of the gates and are all that gets a gradient here.
 
         Rows are looked up under ``no_grad``, so that no backward reaches a table; with ``virtual`` they are looked up as
         they would be after a weight step.
         """
+        before, self.group = self.group, group
         self._candidates, self._virtual = list(candidates), virtual
         try:
             yield
         finally:
             self._candidates = self._virtual = None
+            self.group = before
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Look up, gate and pool: (B, sum of dims), keyed as the original."""
@@ -181,30 +217,55 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self.fuse()
         features = ordered(features, self._features)
         weight_step = self.training and torch.is_grad_enabled() and self._candidates is None
+        self._used = self._candidates or (self.next_gates if weight_step else None) or self._gates
         self.forwards += torch.is_grad_enabled() and self._candidates is None
         if weight_step:
             self.autocast = Autocast.now(features.values().device.type)
-        if self._pieces is None:
+        if self._pieces is None or self.weighs:
             self._check(features)
-        output = self._gated(features)  # finds ids without a row where blocks are known
+        output = self._output(features)  # finds ids without a row where blocks are known
         if self.counts is not None and (weight_step or self.counts_always):
             self._count(features, self.counts)
         return output
 
-    def _gated(self, features: KeyedJaggedTensor) -> KeyedTensor:
-        if self._pieces is None and self._candidates is None:
-            return self.inner(features)
+    def _output(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        values = self._gated(features)
+        if len(self.forms):
+            values = self._formed(values)
+        if self.captured is not None:
+            values = values.detach().requires_grad_()
+            self.captured.append(Captured(self, features, values))
+        return KeyedTensor([s.key for s in self.slots], self.output_dims, values)
+
+    def _gated(self, features: KeyedJaggedTensor) -> Tensor:
+        """Return what is looked up, gated where gates multiply rows: (B, sum of widths)."""
         if self._virtual is not None:
-            return self._output(self._pool_virtual(features, self._virtual, self._candidates or []))
+            return self._pool_virtual(features, self._virtual)
+        if self.weighs or self._pieces is None:
+            return torch.cat([look_up() for _, look_up in self._lookups(features)], 1)
         if has_long_bags(features):
-            return self._output(self._pool_split(features))
-        assert self._pieces is not None
+            return self._pool_split(features)
         rows = self._gate_rows(features)  # before the lookup: it finds ids without a row, which fused kernels overwrite
         pooled = [look_up() for _, look_up in self._lookups(features)]
-        return self._output(gate_rows(pooled, self._pieces.table(self._current()), rows))
+        return gate_rows(pooled, self._pieces.table(self._used), rows)
 
-    def _output(self, values: Tensor) -> KeyedTensor:
-        return KeyedTensor([s.key for s in self.slots], [s.dim for s in self.slots], values)
+    def _formed(self, values: Tensor) -> Tensor:
+        """Let every table's form make its output: (B, sum of dims)."""
+        parts = values.split([slot.dim for slot in self.slots], 1)
+        return torch.cat([self._form(slot, part) for slot, part in zip(self.slots, parts, strict=True)], 1)
+
+    def _form(self, slot: Slot, pooled: Tensor) -> Tensor:
+        form: Form = self.forms[slot.table]  # type: ignore[assignment]
+        if not self.weighs:
+            return form(pooled)
+        gates = self._used[slot.table]
+        if gates.dim() == 3:
+            gates = gates[:, 0].index_select(0, self._groups(len(pooled), len(gates)))
+        return form(pooled, gates)
+
+    def _groups(self, batch: int, n_groups: int) -> Tensor:
+        """Return the group of each example, (B,)."""
+        return (torch.arange(batch, device=self.device) // self.group) % n_groups
 
     def _lookups(self, features: KeyedJaggedTensor) -> list[tuple[Sequence[Slot], Callable[[], Tensor]]]:
         """Return runs of slots, one after the other, and what pools their rows without gates: (B, sum of their dims)."""
@@ -227,9 +288,6 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         columns = columns_of(pooled)
         return torch.cat([columns[slot.key] for slot in self.slots], dim=1)
 
-    def _current(self) -> list[Tensor]:
-        return self.gates if self._candidates is None else self._candidates
-
     def _blocks_of(self, slot: Slot, ids: Tensor) -> Tensor:
         """Return the block of each id of a slot, (n,)."""
         return rows_at(self._blocks[slot.table], ids, self.tables[slot.table].name, slot.feature)
@@ -240,7 +298,8 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         of_feature = dict(zip(self._features, lengths, strict=True))
         blocks = [one_per_bag(of_feature[s.feature], self._blocks_of(s, ids[s.feature])) for s in self.slots]
         assert self._pieces is not None
-        return self._pieces.rows(torch.stack(blocks))
+        groups = self._groups(len(blocks[0]), len(self._used[0])) if self._used[0].dim() == 3 else None
+        return self._pieces.rows(torch.stack(blocks), groups, len(self._used[0]))
 
     def _pool_split(self, features: KeyedJaggedTensor) -> Tensor:
         """Pool bags of any length, block by block: (B, sum of dims)."""
@@ -256,8 +315,10 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         if any(slot.mean for slot in slots):
             shares = dict(zip(self._features, split.share, strict=True))
             pooled = pooled * _mean_shares(slots, shares)
-        gates = self._current()
-        rows = torch.cat([gates[slot.table].index_select(0, digits[slot]) for slot in slots], dim=1)
+        rows = torch.cat([self._used[slot.table].index_select(-2, digits[slot]) for slot in slots], dim=-1)
+        if rows.dim() == 3:
+            rows = rows.index_select(0, self._groups(pooled.shape[1], len(rows))).transpose(0, 1)
+            return (pooled * rows).sum(0)
         return gate_cells(pooled, rows, overwrite=isinstance(self.inner, FusedEmbeddingBags))
 
     def _cells(self, ids: Mapping[str, Tensor]) -> tuple[list[Tensor], dict[Slot, Tensor], int]:
@@ -277,12 +338,15 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             cells.append(cell)
         return cells, digits, size
 
-    def _pool_virtual(self, features: KeyedJaggedTensor, rows: VirtualRows, gates: Sequence[Tensor]) -> Tensor:
+    def _pool_virtual(self, features: KeyedJaggedTensor, rows: VirtualRows) -> Tensor:
         pooled, bags = [], features.to_dict()
         for slot in self.slots:
             weight, ids = self.table_weight(slot.table), bags[slot.feature].values()
-            looked_up = rows.lookup((id(self), slot.table), weight, ids)
-            gated = looked_up.float() * gates[slot.table].index_select(0, self._blocks_of(slot, ids).long())
+            looked_up = rows.lookup((id(self), slot.table), weight, ids).float()
+            if self.weighs:
+                gated = looked_up
+            else:
+                gated = looked_up * self._used[slot.table].index_select(0, self._blocks_of(slot, ids).long())
             pooled.append(_pool(gated, bags[slot.feature], slot.mean))
         return torch.cat(pooled, dim=1)
 
@@ -297,6 +361,24 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         for slot in self.slots:
             count = counts[slot.table] = counts[slot.table].to(ids[slot.feature].device)
             count.index_add_(0, ids[slot.feature], torch.ones_like(ids[slot.feature], dtype=count.dtype))
+
+
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """One output of a collection, a leaf of the graph: values (B, sum of dims) for a batch of features."""
+
+    supernet: SearchableEmbeddingBagCollection
+    features: KeyedJaggedTensor
+    values: Tensor
+
+    def row_gradients(self, gradient: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Yield, slot by slot, the table and its rows' gradients (bags that are not empty, D)."""
+        lengths = dict(zip(self.features.keys(), self.features.lengths().view(-1, len(self.values)), strict=True))
+        parts = gradient.float().split(self.supernet.output_dims, 1)
+        for slot, part in zip(self.supernet.slots, parts, strict=True):
+            length = lengths[slot.feature]
+            scale = (length.float().pow(-1 if slot.mean else 1) * len(self.values)).sqrt()
+            yield slot.table, (part * scale[:, None])[length > 0]
 
 
 def _mean_shares(slots: Sequence[Slot], shares: Mapping[str, Tensor]) -> Tensor:
@@ -354,19 +436,30 @@ class _Pieces:
         pieces = [(index, piece) for index, slot in enumerate(slots) for piece in range(slot.dim // self.width)]
         self._slot = torch.tensor([index for index, _ in pieces])
         self._step = torch.tensor([[slots[index].dim // self.width] for index, _ in pieces])
-        self._start = torch.tensor([[starts[slots[index].table] + piece] for index, piece in pieces])
+        self._start = torch.tensor([[starts[slots[index].table]] for index, _ in pieces])
+        self._piece = torch.tensor([[piece] for _, piece in pieces])
+        self._sizes = torch.tensor([[sizes[slot.table]] for slot in slots])
 
     def table(self, gates: Sequence[Tensor]) -> Tensor:
-        """Return all gates as one matrix of pieces, (R, width)."""
+        """Return all gates, of one group after the other, as one matrix of pieces, (R, width)."""
         return torch.cat([gate.reshape(-1, self.width) for gate in gates])
 
-    def rows(self, blocks: Tensor) -> Tensor:
-        """Return the row of each piece of the output, (B, pieces), for the blocks of each slot, (slots, B)."""
+    def rows(self, blocks: Tensor, groups: Tensor | None = None, n_groups: int = 1) -> Tensor:
+        """Return the row of each piece of the output, (B, pieces).
+
+        Args:
+            blocks: the block of each slot's id, (slots, B).
+            groups: the group of each example, (B,), where groups have gates of their own.
+            n_groups: N, how many there are.
+        """
         device = blocks.device
         rows = blocks.long()
+        if groups is not None:
+            rows = rows + groups * self._sizes.to(device)
         if len(self._slot) != rows.shape[0]:
             rows = rows.index_select(0, self._slot.to(device))
-        return (rows * self._step.to(device) + self._start.to(device)).t()
+        start = self._start if groups is None else self._start * n_groups
+        return (rows * self._step.to(device) + (start + self._piece).to(device)).t()
 
 
 def _hide_inner(module: nn.Module, state: dict[str, Any], prefix: str, _: object) -> None:
@@ -375,5 +468,5 @@ def _hide_inner(module: nn.Module, state: dict[str, Any], prefix: str, _: object
 
 
 def _find_inner(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
-    for key in [key for key in state if key.startswith(prefix) and not key.startswith(f"{prefix}inner.")]:
+    for key in [key for key in state if key.startswith(prefix) and not key.startswith((f"{prefix}inner.", f"{prefix}forms."))]:
         state[f"{prefix}inner.{key.removeprefix(prefix)}"] = state.pop(key)

@@ -8,6 +8,7 @@ from scipy.stats import spearmanr
 
 from embsearch_plugin.data.movielens import GENRES, MovieLens1M, write_sample
 from embsearch_plugin.errors import DataError
+from embsearch_plugin.tasks import RATING
 
 USERS = "1::F::1::10::48067\n7::M::56::16::70072-1\n3::M::25::10::55117\n"
 MOVIES = "1::Toy Story: A (Long) Title (1995)::Animation|Comedy\n9::Misérables, Les (1998)::Drama\n"
@@ -111,6 +112,19 @@ def test_equal_seeds_write_equal_samples(tmp_path: Path) -> None:
     assert a == b != c
 
 
+def test_ratings_are_stars_of_users_and_movies_that_occur(tmp_path: Path) -> None:
+    data = MovieLens1M(write(tmp_path, movies="4::Unrated (1990)::Drama\n" + MOVIES), task="rating").load()
+    assert [(field.name, field.rows) for field in data.schema.fields] == [("user", 2), ("movie", 2)]
+    assert (data.schema.items, data.schema.task, data.dense.shape) == (("movie",), RATING, (4, 0))
+    assert data.ids.tolist() == [[1, 1], [0, 0], [1, 0], [0, 1]]
+    assert data.labels.tolist() == [5, 3, 4, 1]
+
+
+def test_an_unknown_task_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown task 'ratings'. Did you mean 'rating'"):
+        MovieLens1M(str(tmp_path), task="ratings")
+
+
 @pytest.mark.parametrize("name", ["users", "movies", "ratings"])
 def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
     write(tmp_path)
@@ -160,3 +174,11 @@ def test_the_real_files() -> None:
     assert data.labels.sum() == 575_281
     assert data.dense.isfinite().all()
     torch.testing.assert_close(data.dense[data.splits["train"]].std(0), torch.ones(5), atol=1e-3, rtol=0)
+
+
+@pytest.mark.skipif("EMBSEARCH_ML1M" not in os.environ, reason="EMBSEARCH_ML1M does not name a folder of MovieLens-1M")
+def test_the_real_leave_one_out() -> None:
+    data = MovieLens1M(os.environ["EMBSEARCH_ML1M"], task="top-k").load()
+    assert [field.rows for field in data.schema.fields] == [6040, 3706]  # nis.txt, Table 1
+    assert {split: len(pairs) for split, pairs in data.pairs.items()} == {"train": 894_752, "validation": 99_417, "test": 6040}
+    assert data.negatives.shape == (6040, 99)

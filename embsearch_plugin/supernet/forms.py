@@ -1,0 +1,47 @@
+"""Forms: what makes a table's output out of what was looked up, where that is not the gated rows themselves.
+
+A form belongs to one table. Rows of W columns are looked up and pooled; the form makes D columns of them. Its gates either
+multiply the rows, block by block, before it (W of them), or weigh candidates inside it (as many as it likes, one row block).
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+class Form(nn.Module):
+    """What follows the lookup of one table. Its parameters are trained by the user's optimizer, as the tables are.
+
+    Attributes:
+        weighs: whether gates are handed to :meth:`forward`, to weigh candidates, instead of multiplying rows.
+        width: W, the columns that are looked up.
+        n_gates: C, the columns of the gates.
+    """
+
+    weighs: ClassVar[bool] = False
+
+    def __init__(self, width: int, n_gates: int) -> None:
+        super().__init__()
+        self.width, self.n_gates = width, n_gates
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """Return the table's output (B, D).
+
+        Args:
+            inputs: what is pooled (B, W), gated; or, for a form that weighs, not gated, and then the gates, (1, C) or (B, C).
+        """
+        output: Tensor = super().__call__(*inputs)
+        return output
+
+
+class Projection(Form):
+    """Gated rows times a trained matrix P (W, D), which starts as the identity (nis.txt, 3.3.1: the column chunks' P_t)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, dim)
+        self.weight = nn.Parameter(torch.eye(dim))
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Return ``pooled`` (B, W) projected, (B, D)."""
+        return pooled.float() @ self.weight
