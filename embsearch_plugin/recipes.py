@@ -87,16 +87,11 @@ class Train:
 class Search:
     """What is searched, and how.
 
-        Args:
-            algorithm: the algorithm's name and settings.
-            baselines: the algorithms it is compared with, under the same budgets, seeds and trials.
-    <<<<<<< HEAD
-            budgets: how large all tables may be, as text: "10%" or "2GiB".
-            space: how tables are cut, for all of them; by default as suits each.
-    =======
-            budgets: how large all tables may be, as text: "10%", "2GiB" or "390000 params".
-            space: how tables are cut, for all of them.
-    >>>>>>> 335fcf2033fcb93b675c1fcf8b25895dbb7df086
+    Args:
+        algorithm: the algorithm's name and settings.
+        baselines: the algorithms it is compared with, under the same budgets, seeds and trials.
+        budgets: how large all tables may be, as text: "10%", "2GiB" or "390000 params".
+        space: how tables are cut, for all of them; by default as suits each.
     """
 
     algorithm: AlgorithmConfig

@@ -39,9 +39,17 @@ def columns(metrics: Metrics) -> list[str]:
     """Return the names of all columns; those of allocations and of trials only if the run has several."""
     several = ["allocation"] if any(cell.allocation for cell in metrics.cells) else []
     tuned = ["trial", "trials run"] if any(cell.trial for cell in metrics.cells) else []
-    sizes, seeds = _COST[:-1], _COST[-1]
-    tests = map(_test, metrics.task.metrics)
-    return ["method", "budget", *tests, _val(metrics.task), *sizes, "training runs", seeds, *several, *tuned]
+    return [
+        "method",
+        "budget",
+        *map(_test, metrics.task.metrics),
+        _val(metrics.task),
+        *_COST[:-1],
+        "training runs",
+        _COST[-1],
+        *several,
+        *tuned,
+    ]
 
 
 def _test(metric: Metric) -> str:
@@ -101,7 +109,7 @@ def _row(result: Result, metrics: Metrics, reference: Result | None, seeds: int,
         "time / dense": _time(result, reference),
         "training runs": Figure(str(len(result.tried)) if result.tried else UNDEFINED),
         "seeds": _seeds(result, seeds),
-        "allocation": _allocation(result, metrics.task),
+        "allocation": _allocation(result, metrics.task.loss),
         "trial": Figure(next((trial_text(cell.trial) for cell in result.chosen), "") or UNDEFINED),
         "trials run": Figure(str(len(result.trials)), "; ".join(filter(None, map(trial_text, result.trials)))),
     }
@@ -148,13 +156,13 @@ def _time(result: Result, reference: Result | None) -> Figure:
     return Figure(ratio(result.seconds, reference.seconds if reference else None), exact)
 
 
-def _allocation(result: Result, task: Task) -> Figure:
+def _allocation(result: Result, loss: Metric) -> Figure:
     """Return the chosen allocation; behind it the validation loss of all with the chosen training settings."""
     if not result.chosen or not result.chosen[0].allocation:
         return Figure(UNDEFINED)
-    known = [(cell, task.loss.of(cell.validation)) for cell in (result.chosen[0], *result.losers)]
-    losses = [f"{cell.allocation}: {cell.status if loss is None else measure(loss)}" for cell, loss in known]
-    return Figure(result.chosen[0].allocation, f"validation {task.loss.name}, {'; '.join(losses)}")
+    known = [(cell, loss.of(cell.validation)) for cell in (result.chosen[0], *result.losers)]
+    losses = [f"{cell.allocation}: {cell.status if value is None else measure(value)}" for cell, value in known]
+    return Figure(result.chosen[0].allocation, f"validation {loss.name}, {'; '.join(losses)}")
 
 
 def _seeds(result: Result, seeds: int) -> Figure:

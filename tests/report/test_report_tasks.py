@@ -43,7 +43,7 @@ def test_a_page_names_the_task_s_loss_and_metrics(
     task: Task, metrics: Data, run_folder: Callable[[Data, Data], Path], make_plan: Callable[[int], Data]
 ) -> None:
     page = write_report(run_folder(as_task(metrics, task), make_plan(1))).read_text(encoding="utf-8")
-    assert f"Validation {task.loss.name} of the first seed, of the best allocation" in page
+    assert f"Validation {task.loss.name} of the first seed." in page
     assert all(f"validation {metric.name}" in page for metric in task.metrics)
 
 
