@@ -61,7 +61,7 @@ class Avazu:
         splits = random_split(len(labels), self.split, self.seed)
         ids = np.empty((len(labels), len(FIELDS)), np.int32)
         rows = [0] * len(FIELDS)
-        for f, field in enumerate(FIELDS):  # a column's text numbers are let go of when its ids are there
+        for f, field in enumerate(FIELDS):  # each column is let go of once its ids are there
             ids[:, f], rows[f] = encode_frequent(examples.drop_in_place(field), splits["train"].numpy(), self.min_count)
         return TabularDataset(
             schema=Schema(tuple(map(Field, FIELDS, rows)), ()),

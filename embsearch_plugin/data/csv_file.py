@@ -125,13 +125,14 @@ def _check_records(path: Path, first: int, block: bytes, header: Sequence[str]) 
             must = f"one of {len(header)} values separated by commas"
             raise malformed(path, line, column, must, f"{len(record)} values")
         for column, value in zip(header, record, strict=True):
-            if not value.isascii() and "\ufffd" in value:
-                raise malformed(path, line, column, "text in UTF-8", value)
+            raw = value.encode("utf-8", "surrogateescape")
+            if raw.decode("utf-8", "replace") != value:
+                raise malformed(path, line, column, "text in UTF-8", raw)
 
 
 def _records(path: Path, first: int, block: bytes) -> Iterator[tuple[int, list[str]]]:
     """Yield each record with the number of the line it begins on; one may span lines, within quotes."""
-    reader = csv.reader(io.TextIOWrapper(io.BytesIO(block), "utf-8", "replace", newline=""), strict=True)
+    reader = csv.reader(io.TextIOWrapper(io.BytesIO(block), "utf-8", "surrogateescape", newline=""), strict=True)
     while True:
         line = first + reader.line_num
         try:

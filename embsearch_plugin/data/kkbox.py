@@ -47,7 +47,7 @@ class KkBox:
     seed: int = 0
 
     def load(self) -> TabularDataset:
-        """Read the files. A song's composers are kept once, however often it is listened to: 24 bytes per record in all.
+        """Read the files. A song's composers are kept once, however often it is listened to: 32 bytes per record in all.
 
         Raises:
             DataError: a file is missing, empty or malformed, songs.csv has none of the songs, or the fractions do not add up

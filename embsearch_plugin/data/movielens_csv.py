@@ -6,15 +6,16 @@ movies.csv    movieId,title,genres                 Genre|Genre
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import polars as pl
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from embsearch_plugin.data.csv_file import Chunk, read_chunks
-from embsearch_plugin.data.dataset import Field, Schema, SplitBy, TabularDataset, random_split, time_split
+from embsearch_plugin.data.dataset import Field, Schema, Split, SplitBy, TabularDataset, random_split, time_split
 from embsearch_plugin.data.movielens import standardise
 from embsearch_plugin.data.vocabulary import encode_frequent, encode_parts
 
@@ -57,45 +58,57 @@ class MovieLensCsv:
         """
         folder = Path(self.path)
         movies = _read_movies(folder / "movies.csv") if (folder / "movies.csv").exists() else None
-        chunks = read_chunks(folder / "ratings.csv", ("userId", "movieId", "rating", "timestamp"), SOURCE)
-        ratings = pl.concat([_ratings(chunk, movies) for chunk in chunks])
-        times = ratings["timestamp"].to_numpy()
-        by_time = self.split_by == "time"
-        splits = time_split(times, self.split) if by_time else random_split(len(times), self.split, self.seed)
+        ratings = _read_ratings(folder / "ratings.csv", movies)
+        splits = self._split(ratings["timestamp"].to_numpy())
         train = splits["train"].numpy()
-
-        users, user_rows = encode_frequent(ratings["userId"], train, self.min_count)
-        items, item_rows = encode_frequent(ratings["movieId"], train, self.min_count)
-        fields = [Field("user", user_rows), Field("movie", item_rows), Field("hour", 24), Field("weekday", 7)]
-        ids = [users, items, times // HOUR % 24, (times // DAY + THURSDAY) % 7]
-        bags = {}
+        columns, bags = self._columns(ratings, train), {}
         if movies is not None:
             bags["genres"], rows = encode_parts(movies["genres"], "|", pl.ones(len(movies), pl.Int64, eager=True))
-            fields.append(Field("genres", rows, multiple=True))
-            ids.append(ratings["at"].to_numpy())
-        numbers = np.column_stack([_earlier(ratings[column], times) for column in ("userId", "movieId")])
+            columns[Field("genres", rows, multiple=True)] = ratings["at"].to_numpy()
+        numbers = np.column_stack([_earlier(ratings, key) for key in ("userId", "movieId")])
         return TabularDataset(
-            schema=Schema(tuple(fields), DENSE),
+            schema=Schema(tuple(columns), DENSE),
             dense=torch.from_numpy(standardise(numbers, train)),
-            ids=torch.from_numpy(np.column_stack(ids).astype(np.int32)),
+            ids=torch.from_numpy(np.column_stack(list(columns.values())).astype(np.int32)),
             labels=torch.from_numpy(ratings["rating"].to_numpy() >= self.threshold).float(),
             splits=splits,
             bags=bags,
         )
 
+    def _split(self, times: NDArray[np.int64]) -> dict[Split, Tensor]:
+        if self.split_by == "time":
+            return time_split(times, self.split)
+        return random_split(len(times), self.split, self.seed)
+
+    def _columns(self, ratings: pl.DataFrame, train: NDArray[np.int64]) -> dict[Field, NDArray[Any]]:
+        """Return the ids of the fields that hold one value."""
+        users, user_rows = encode_frequent(ratings["userId"], train, self.min_count)
+        movies, movie_rows = encode_frequent(ratings["movieId"], train, self.min_count)
+        times = ratings["timestamp"].to_numpy()
+        return {
+            Field("user", user_rows): users,
+            Field("movie", movie_rows): movies,
+            Field("hour", 24): times // HOUR % 24,
+            Field("weekday", 7): (times // DAY + THURSDAY) % 7,
+        }
+
 
 def _read_movies(path: Path) -> pl.DataFrame:
     """Return ``movieId`` and ``genres``, null where there are none, of each movie."""
-    chunks = list(read_chunks(path, ("movieId", "genres"), SOURCE))
     genres = pl.when(pl.col("genres") != NO_GENRES).then("genres")
     movies: list[pl.DataFrame] = []
-    for chunk in chunks:
+    for chunk in read_chunks(path, ("movieId", "genres"), SOURCE):
         movie = chunk.require("movieId", _integer("movieId"), "an integer")
         seen = pl.concat([frame["movieId"] for frame in movies]) if movies else movie.clear()
         again = ~movie.is_first_distinct() | movie.is_in(seen)
         chunk.require("movieId", pl.when(~again).then("movieId"), "another one on every line")
         movies.append(chunk.text.select(movie, genres))
     return pl.concat(movies)
+
+
+def _read_ratings(path: Path, movies: pl.DataFrame | None) -> pl.DataFrame:
+    chunks = read_chunks(path, ("userId", "movieId", "rating", "timestamp"), SOURCE)
+    return pl.concat([_ratings(chunk, movies) for chunk in chunks])
 
 
 def _ratings(chunk: Chunk, movies: pl.DataFrame | None) -> pl.DataFrame:
@@ -118,11 +131,11 @@ def _integer(column: str) -> pl.Expr:
     return pl.col(column).cast(pl.Int64, strict=False)
 
 
-def _earlier(keys: pl.Series, times: NDArray[np.int64]) -> NDArray[np.float64]:
+def _earlier(ratings: pl.DataFrame, key: str) -> NDArray[np.float64]:
     """Return log(1 + n) for each rating, where n earlier ones have the same key; at the same second the file's order counts."""
-    order = np.argsort(times, kind="stable")
-    counts = np.empty(len(times))
-    counts[order] = keys.gather(order).to_frame("key").select(pl.int_range(pl.len()).over("key")).to_series().to_numpy()
+    order = np.argsort(ratings["timestamp"].to_numpy(), kind="stable")
+    counts = np.empty(len(order))
+    counts[order] = ratings[key].gather(order).to_frame().select(pl.int_range(pl.len()).over(key)).to_series().to_numpy()
     return np.log1p(counts)
 
 
