@@ -16,7 +16,7 @@ from embsearch_plugin.algorithms.magnitude import Magnitude
 from embsearch_plugin.algorithms.uniform import Uniform
 from embsearch_plugin.cells import slug
 from embsearch_plugin.cli import main
-from embsearch_plugin.data import criteo, movielens
+from embsearch_plugin.data import avazu, criteo, kkbox, movielens, movielens_csv
 from embsearch_plugin.data.dataset import Split, TabularBatches, TabularDataset
 from embsearch_plugin.data.planted import Planted
 from embsearch_plugin.errors import NonFiniteLoss
@@ -386,6 +386,15 @@ def test_every_recipe_runs_in_a_small_form(recipe: Path, tmp_path: Path) -> None
     if "criteo" in recipe.stem:
         criteo.write_sample(tmp_path / "train.txt.gz", rows=3000)
         overrides += [f"data.path={tmp_path / 'train.txt.gz'}", "data.rows=500"]
+    if "moviestream" in recipe.stem:
+        movielens_csv.write_sample(tmp_path / "data")
+        overrides.append(f"data.path={tmp_path / 'data'}")
+    if "kkbox" in recipe.stem:
+        kkbox.write_sample(tmp_path / "data")
+        overrides.append(f"data.path={tmp_path / 'data'}")
+    if "avazu" in recipe.stem:
+        avazu.write_sample(tmp_path / "train.csv")
+        overrides.append(f"data.path={tmp_path / 'train.csv'}")
     if recipe.stem.startswith(("demo", "planted")):
         overrides += ["data.examples=3000", "data.rows=[50]"]
     result = CliRunner().invoke(main, ["run", str(recipe), *overrides, "--out", str(tmp_path / "out")])

@@ -48,14 +48,14 @@ def occurring(names: Mapping[str, int], column: NDArray[np.int32]) -> tuple[dict
     return {spelt[at]: new for new, at in enumerate(used.tolist())}, ids
 
 
-def rating_dataset(ratings: Ratings, item: str, split: tuple[float, float, float], seed: int) -> TabularDataset:
-    """Return all ratings, split at random; labels are the stars (dnis.txt, 3.1)."""
+def rating_dataset(ratings: Ratings, item: str, splits: Mapping[Split, Tensor]) -> TabularDataset:
+    """Return all ratings; labels are the stars (dnis.txt, 3.1)."""
     return TabularDataset(
         schema=ratings.schema(item, RATING),
         dense=torch.empty(len(ratings.pairs), 0),
         ids=ratings.pairs.int(),
         labels=ratings.stars.float(),
-        splits=random_split(len(ratings.pairs), split, seed),
+        splits=splits,
     )
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchrec.datasets.utils import Batch
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from embsearch_plugin.data.dataset import Schema
@@ -18,10 +18,16 @@ from embsearch_plugin.tasks import CLICK, Task
 
 
 def collection_for(schema: Schema, dim: int) -> EmbeddingBagCollection:
-    """Return a collection with one table of width ``dim`` per field."""
+    """Return a collection with one table of width ``dim`` per field; where a field has several values, their mean is taken."""
     return EmbeddingBagCollection(
         [
-            EmbeddingBagConfig(name=f"t_{field.name}", num_embeddings=field.rows, embedding_dim=dim, feature_names=[field.name])
+            EmbeddingBagConfig(
+                name=f"t_{field.name}",
+                num_embeddings=field.rows,
+                embedding_dim=dim,
+                feature_names=[field.name],
+                pooling=PoolingType.MEAN if field.multiple else PoolingType.SUM,
+            )
             for field in schema.fields
         ]
     )

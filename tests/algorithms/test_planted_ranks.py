@@ -53,9 +53,7 @@ def searched(data: PlantedDataset, seed: int, epochs: int = EPOCHS) -> es.SizePl
     """Search as the recipe says, in a plain loop with its L2; ``seed`` is the model's and the batches'."""
     torch.manual_seed(seed)
     model, train = RECIPE.model.build(data.schema), RECIPE.train
-    session = es.prepare(
-        model, algorithm=RECIPE.search.algorithm, budget=RECIPE.search.budgets[0], space=SPACE, seed=seed
-    )
+    session = es.prepare(model, algorithm=RECIPE.search.algorithm, budget=RECIPE.search.budgets[0], space=SPACE, seed=seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=train.lr)
     session.attach(optimizer, data.batches("validation", train.batch_size, seed=seed))
     batches = data.batches("train", train.batch_size, seed=seed)

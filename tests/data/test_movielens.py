@@ -95,6 +95,20 @@ def test_split_is_by_seed_and_fractions(tmp_path: Path) -> None:
     assert not torch.equal(first.splits["test"], other.splits["test"])
 
 
+def test_a_split_by_time_tests_on_the_latest_ratings(tmp_path: Path) -> None:
+    write_sample(tmp_path, users=20, movies=10, ratings=100)
+    lines = (tmp_path / "ratings.dat").read_text().splitlines(keepends=True)
+    (tmp_path / "ratings.dat").write_text("".join(reversed(lines)))
+    splits = MovieLens1M(str(tmp_path), split_by="time").load().splits
+    assert splits["train"].tolist() == list(range(99, 19, -1))
+    assert splits["test"].tolist() == list(range(9, -1, -1))
+
+
+def test_a_split_by_time_needs_every_time(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"ratings\.dat, line 3, column 'Timestamp': must be above 0 .* got 0 \(1 such line"):
+        MovieLens1M(write(tmp_path), split_by="time").load()
+
+
 def test_a_sample_has_the_owners_form_and_something_to_learn(tmp_path: Path) -> None:
     write_sample(tmp_path / "new" / "folder", users=50, movies=30, ratings=1200)
     data = MovieLens1M(str(tmp_path / "new" / "folder")).load()
@@ -155,6 +169,7 @@ def test_an_empty_file_is_named(tmp_path: Path, name: str) -> None:
         ("ratings", "2::1::3::0", "UserID", "2"),
         ("ratings", "1::2::3::0", "MovieID", "2"),
         ("ratings", "1::1::3.5::0", "Rating", "3.5"),
+        ("ratings", "1::1::3::then", "Timestamp", "then"),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path: Path, name: str, line: str, column: str, got: str) -> None:
