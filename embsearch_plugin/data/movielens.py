@@ -267,8 +267,6 @@ def write_sample(folder: str | Path, *, users: int = 200, movies: int = 100, rat
     _write(folder / "users.dat", range(1, users + 1), genders, ages, occupations, zip_codes)
     _write(folder / "movies.dat", range(1, movies + 1), titles, genres)
     _write(folder / "ratings.dat", user + 1, movie + 1, stars, range(978_300_000, 978_300_000 + len(user)))
-
-    _write(folder / "ratings.dat", user + 1, movie + 1, stars, range(978_300_000, 978_300_000 + len(user)))
     _write_last(folder / "leave_one_out.parquet", user, movie, rng)
 
 
