@@ -12,6 +12,7 @@ from embsearch_plugin import stack
 if TYPE_CHECKING:
     from embsearch_plugin.algorithms.dnis import Dnis
     from embsearch_plugin.algorithms.magnitude import Magnitude
+    from embsearch_plugin.algorithms.nis import Nis
     from embsearch_plugin.algorithms.uniform import Uniform
     from embsearch_plugin.budget import Budget
     from embsearch_plugin.decorator import prepare, searchable, session
@@ -27,6 +28,7 @@ _HOMES = {
     "Dnis": "algorithms.dnis",
     "EmbsearchError": "errors",
     "Magnitude": "algorithms.magnitude",
+    "Nis": "algorithms.nis",
     "SearchSpace": "space",
     "Session": "search.session",
     "SizePlan": "plan",
@@ -45,6 +47,7 @@ __all__ = [
     "Dnis",
     "EmbsearchError",
     "Magnitude",
+    "Nis",
     "SearchSpace",
     "Session",
     "SizePlan",

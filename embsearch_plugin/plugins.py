@@ -18,6 +18,7 @@ from embsearch_plugin.supernet.forms import Form
 BUILTIN = (
     "embsearch_plugin.algorithms.dnis",
     "embsearch_plugin.algorithms.magnitude",
+    "embsearch_plugin.algorithms.nis",
     "embsearch_plugin.algorithms.uniform",
     "embsearch_adapters.torchrec_ebc",
 )
