@@ -1,5 +1,6 @@
 """A controller of independent softmax choices, trained by policy gradient with a learned baseline (nis.txt, 3.4 and 4.1.3)."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -102,6 +103,6 @@ class Controller:
         with torch.no_grad():
             for variable, value in zip(controller._variables, state["variables"], strict=True):
                 variable.copy_(value)
-        controller._optimizer.load_state_dict(state["optimizer"])
+        controller._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it keeps the tensors
         controller.updates = state["updates"]
         return controller

@@ -57,14 +57,19 @@ class EmbeddingBlocks:
         """Return which blocks take part, (..., T) to bool (..., S, T)."""
         return heights.unsqueeze(-2) > torch.arange(len(self.rows), device=heights.device)[:, None]
 
-    def gates(self, kept: Tensor) -> Tensor:
-        """Return the gates of blocks, (..., S, T) to float32 (..., S, D)."""
-        return kept.float().repeat_interleave(torch.tensor(self.widths, device=kept.device), -1, output_size=self.spec.dim)
+    def gates(self, heights: Tensor) -> Tensor:
+        """Return the gates of what takes part, (..., T) to float32 (..., S, D)."""
+        widths = torch.tensor(self.widths, device=heights.device)
+        return self.kept(heights).float().repeat_interleave(widths, -1, output_size=self.spec.dim)
 
     def n_weights(self, heights: Tensor) -> Tensor:
         """Return the memory cost C, the number of weights: sum over t of d_t x V_{s_t}, (..., T) to int64 (...)."""
         rows = torch.tensor([0, *accumulate(self.rows)], device=heights.device)
         return (rows[heights] * torch.tensor(self.widths, device=heights.device)).sum(-1)
+
+    def weight_size(self, unit: str) -> int:
+        """Return what one weight counts for, as the budget's unit is: its bytes, or one parameter."""
+        return self.spec.dtype.itemsize if unit == "bytes" else 1
 
     def ways(self, arms: Tensor, worth: Tensor, unit: str) -> list[TableOptions]:
         """Offer every arm of every choice: where all rows are kept or none, the table needs no remap; otherwise it pays one.
@@ -90,9 +95,8 @@ class EmbeddingBlocks:
     def _costs(self, heights: Tensor, unit: str) -> Tensor:
         """Return what weights and their rows of the projection cost, (..., T) to int64 (...)."""
         columns = ((heights > 0) * torch.tensor(self.widths)).sum(-1)
-        if unit == "parameters":
-            return self.n_weights(heights) + columns * self.spec.dim
-        return self.n_weights(heights) * self.spec.dtype.itemsize + columns * projected_column_bytes(self.spec)
+        projected = projected_column_bytes(self.spec) if unit == "bytes" else self.spec.dim
+        return self.n_weights(heights) * self.weight_size(unit) + columns * projected
 
     def plan(self, heights: Tensor, blocks: RowBlocks) -> TablePlan:
         """Return the plan that keeps what takes part, (T,): chunks of many rows first, then the projection."""

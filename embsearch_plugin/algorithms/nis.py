@@ -1,37 +1,37 @@
 """NIS: Neural Input Search for Large Scale Recommendation Models (Joglekar et al., KDD 2020).
 
 A table is cut into S x T embedding blocks (3.3.1). A controller chooses which take part: a single-size embedding (SE), one
-pair (s, t) or nothing, or a multi-size one (ME), for each column chunk the s leading row blocks. What is kept of the chunks is
-pooled, then projected to the table's width; rows and tables that are left out are zero vectors. After a warm-up, in which all
-blocks train and the controller rests (3.4.1), weight steps and controller steps take turns. Weight steps train the blocks of one
-choice per mini-batch. A controller step draws a choice for each ``group`` examples of a validation batch (A.2.2) and learns by
-policy gradient, with a baseline network (3.4.2), from the reward of each (3.3.2):
+pair (s, t) or nothing, or a multi-size one (ME), for each column chunk the s leading row blocks. What is kept is pooled, then
+projected to the table's width; rows and tables that are left out are zero vectors. After a warm-up, in which all blocks train
+and the controller rests (3.4.1), weight steps and controller steps take turns. A weight step trains the blocks of one choice,
+drawn for the mini-batch. A controller step draws a choice for each ``group`` examples of a validation batch (A.2.2) and learns
+by policy gradient, with a baseline network (3.4.2), from the reward of each (3.3.2):
 
     R = R_Q - lambda * max(C / B - 1, 0)
 
 Pooling before projecting is exact: a sum of projected rows is the projected sum (3.2, MBOW).
 
 Differences from the paper:
-    * Projections start as the identity, so that a search starts as the model would without it; how the paper draws them it
-      does not say (A.2.1 draws embeddings and hidden layers Gaussian).
-    * C and B are bytes or parameters, as the session's budget is. C is the blocks' weights alone, as there. A derived plan pays
-      for projections and remaps too.
+    * Projections start as the identity, so that a search starts as the model would without it. How the paper draws them it
+      does not say (A.2.1: "all weights, including hidden layer weights and embedding matrices", Gaussian).
+    * C and B are bytes or parameters, as the session's budget is. C is the blocks' weights alone, as there. A derived plan
+      pays for projections and remaps too.
     * Advantage actor-critic in step: A3C without its asynchronous workers. Processes that train together average their
-      gradients. No entropy bonus, which the paper does not mention.
-    * How the baseline "uses the choices that have already been made" is not said; see
-      :class:`~embsearch_plugin.algorithms.controller.Controller`. Adagrad's accumulators start at PyTorch's 0, where
-      TensorFlow's are 0.1 and make small steps for thousands of updates.
-    * ``warm_up`` is 50 weight steps, not 100K of 1M to 3M: it has to fit short runs. At the start all arms are equally likely, so
-      that blocks go on being trained. For long runs set some per cent of the steps.
-    * Gates outside training are the mean over the controller's draws, as dropout's weights are scaled: the most likely choice
-      is arbitrary while nothing is learned, and jumps. The two become one as the controller converges.
-    * The budget of a plan is kept, by an exact allocation (:meth:`NisSearch.embsearch_derive`); the paper's rule, the most likely
+      gradients. There is no entropy bonus; the paper mentions none.
+    * How the baseline uses "the choices that have already been made" is not said; see
+      :class:`~embsearch_plugin.algorithms.controller.Controller`. Adagrad's sum of squares starts at PyTorch's 0; TensorFlow's
+      0.1 makes small steps for thousands of updates.
+    * ``warm_up`` is 50 weight steps, not 100K of 1M to 3M, to fit short runs. While the controller has learned little all arms
+      are about equally likely, so that every block goes on being trained. For long runs set some per cent of the steps.
+    * Gates outside training are the mean over the controller's draws, as weights are scaled after dropout: the most likely
+      choice is arbitrary while nothing is learned, and jumps. Both are one where the controller has converged.
+    * A plan keeps its budget, by an exact allocation (:meth:`NisSearch.embsearch_derive`). The paper's rule, the most likely
       choice, which may overshoot, is ``derive(strict=False)``.
 """
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -39,11 +39,12 @@ import torch
 from torch import Tensor
 
 from embsearch_plugin.algorithms.base import AlgorithmConfig
+from embsearch_plugin.algorithms.block_choices import BlockChoices
 from embsearch_plugin.algorithms.controller import Controller
-from embsearch_plugin.algorithms.embedding_blocks import EmbeddingBlocks, Mode
-from embsearch_plugin.algorithms.quality import Quality, number, quality_of
+from embsearch_plugin.algorithms.embedding_blocks import Mode
+from embsearch_plugin.algorithms.quality import Quality, number, one_class, quality_of
 from embsearch_plugin.algorithms.scoring import losses
-from embsearch_plugin.budget import Budget, allocate_among
+from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import Table
 from embsearch_plugin.compact.fold import UNFOLDED, Fold
 from embsearch_plugin.errors import NonFiniteLoss
@@ -126,36 +127,80 @@ class NisSearch:
     @hookimpl
     def embsearch_search_start(self, session: "Session") -> None:
         """All arms are equally likely (4.1.3)."""
-        arms = [menu.shape[1] for menu in self._menus(session) for _ in menu]
-        self.controller = Controller(arms, self.config.lr, session.gates[0].device)
+        self.controller = Controller(self._choices(session).arms, self.config.lr, session.gates[0].device)
         self.generator.manual_seed(session.seed)
 
     @hookimpl
     def embsearch_before_forward(self, session: "Session") -> None:
         """Draw the choice of a mini-batch; until the warm-up is over all blocks train."""
         if self.controller is not None:
-            (choice,) = self.controller.draw(1, self.generator)
-            session.use_gates(self._gates(session, self._heights(session, choice)))
+            (drawn,) = self.controller.draw(1, self.generator)
+            choices = self._choices(session)
+            session.use_gates(choices.gates(choices.heights(drawn)))
 
     @hookimpl
     def embsearch_search_step(self, session: "Session", batch: Any) -> Mapping[str, float]:
         """Draw a choice for each group of examples, and learn from their rewards."""
         assert self.controller is not None
-        self.groups = self.groups or session.groups_in(batch, self.config.group)
-        choices = self.controller.draw(self.groups, self.generator)
-        heights = self._heights(session, choices)
-        outcome = session.evaluate(batch, self._gates(session, heights), self.config.group)
-        quality = self._qualities(outcome).to(choices.device)
-        cost = self._cost(session, heights)
-        reward = quality - self.config.penalty * (cost - 1).clamp(min=0)  # 3.3.2
+        choices, config = self._choices(session), self.config
+        self.groups = self.groups or session.groups_in(batch, config.group)
+        drawn = self.controller.draw(self.groups, self.generator)
+        heights = choices.heights(drawn)
+        outcome = session.evaluate(batch, choices.gates(heights), config.group)
+        cost = choices.cost(heights, session.budget.unit) / session.budget.limit(session.original_bytes)
+        reward = self._qualities(outcome).to(drawn.device) - config.penalty * (cost - 1).clamp(min=0)
         told = ~reward.isnan()
-        self.controller.learn(choices[told], reward[told])
-        session.set_gates(self._mean_gates(session))
+        self.controller.learn(drawn[told], reward[told])
+        session.set_gates(choices.mean_gates(self.controller.probabilities()))
         return self._summary(outcome, reward[told], cost)
+
+    @hookimpl
+    def embsearch_derive(self, session: "Session", budget: Budget | None) -> SizePlan:
+        """Choose the arms that are worth most within the budget; the most likely ones where none is kept.
+
+        An arm's worth is the validation loss on the shared weights, negative, where its choice takes it and all others are at
+        the mean of what the controller draws (the gates of evaluation). Worths of different choices, and so those of one
+        table's column chunks, are taken to add up. Probabilities are no worths: they say little of what was hardly drawn.
+        """
+        assert self.controller is not None
+        choices = self._choices(session)
+        if budget is None:
+            chosen = self.controller.most_likely()
+        else:
+            reference = choices.mean_gates(self.controller.probabilities())
+            scores = losses(session, reference, list(choices.alternatives(reference)), self.config.score_batches)
+            chosen = choices.best([-loss for loss in scores], budget.limit(session.original_bytes), budget.unit)
+        by_table = zip(choices.tables, choices.heights(chosen), session.tables, strict=True)
+        plans = [blocks.plan(heights.cpu(), table.blocks) for blocks, heights, table in by_table]
+        return SizePlan(tuple(plans), session.space.align)
+
+    @hookimpl
+    def embsearch_fold(self, session: "Session", plan: SizePlan) -> Sequence[Fold]:
+        """Return the projections' rows in the order of the plans' columns."""
+        return [_fold(session.form(index), table) for index, table in enumerate(plan.tables)]
+
+    def _choices(self, session: "Session") -> BlockChoices:
+        return BlockChoices.of(session, self.config.mode)
+
+    def _qualities(self, outcome: "Outcome") -> Tensor:
+        """Return R_Q of each group, (N,); NaN where a group has no examples, or no AUC."""
+        loss = float(outcome.loss.detach())
+        if not math.isfinite(loss):
+            raise NonFiniteLoss(f"the validation loss must be a number; got {loss}. The controller is as before.")
+        logits, labels, config = outcome.logits.detach(), outcome.labels.detach(), self.config
+        group = (torch.arange(len(logits), device=logits.device) // config.group) % self.groups
+        measure, found = quality_of(config.quality), [math.nan] * self.groups
+        for index in group.unique().tolist():
+            mine = group == index
+            if config.quality == "auc" and one_class(labels[mine]):
+                self.skipped += 1
+            else:
+                found[index] = number(config.quality, measure(logits[mine], labels[mine]))
+        return torch.tensor(found)
 
     def _summary(self, outcome: "Outcome", reward: Tensor, cost: Tensor) -> Mapping[str, float]:
         if not len(reward):
-            log.warning("no group of a validation batch has both classes, so its step taught nothing: use a larger group=")
+            log.warning("no group of a validation batch has both classes, so a step taught nothing; use a larger group=")
             return {}
         assert self.controller is not None
         return {
@@ -165,116 +210,6 @@ class NisSearch:
             "certainty": float(self.controller.probabilities().amax(1).mean()),
             "skipped_groups": float(self.skipped),
         }
-
-    def _qualities(self, outcome: "Outcome") -> Tensor:
-        """Return R_Q of each group, (N,); NaN where a group has no examples, or no AUC."""
-        if not math.isfinite(float(outcome.loss.detach())):
-            raise NonFiniteLoss(f"the validation loss must be a number; got {float(outcome.loss.detach())}.")
-        logits, labels = outcome.logits.detach(), outcome.labels.detach()
-        group = (torch.arange(len(logits), device=logits.device) // self.config.group) % self.groups
-        quality, found = quality_of(self.config.quality), [math.nan] * self.groups
-        for index in group.unique().tolist():
-            mine = group == index
-            if self.config.quality == "auc" and labels[mine].gt(0.5).float().mean() in (0, 1):
-                self.skipped += 1
-            else:
-                found[index] = number(self.config.quality, quality(logits[mine], labels[mine]))
-        return torch.tensor(found)
-
-    # Choices and what they mean.
-
-    def _blocks(self, session: "Session") -> list[EmbeddingBlocks]:
-        cut = session.space.chunk_widths
-        return [EmbeddingBlocks(t.spec, t.blocks.sizes, cut(t.spec.dim)) for t in session.tables]
-
-    def _menus(self, session: "Session") -> list[Tensor]:
-        """Return the arms of each table's choices, per table (choices, arms, T)."""
-        return [blocks.menu(self.config.mode).to(session.gates[0].device) for blocks in self._blocks(session)]
-
-    def _split(self, session: "Session", values: Tensor, dim: int) -> list[Tensor]:
-        """Split what there is of each choice by table."""
-        return list(values.split([len(menu) for menu in self._menus(session)], dim))
-
-    def _heights(self, session: "Session", choices: Tensor) -> list[Tensor]:
-        """Return what choices (..., choices) stand for, per table (..., T)."""
-        by_table = zip(self._menus(session), self._split(session, choices, -1), strict=True)
-        return [menu[torch.arange(len(menu), device=menu.device), mine].sum(-2) for menu, mine in by_table]
-
-    def _gates(self, session: "Session", heights: Sequence[Tensor]) -> list[Tensor]:
-        """Return the gates of heights, per table (..., S, D)."""
-        return [b.gates(b.kept(own)) for b, own in zip(self._blocks(session), heights, strict=True)]
-
-    def _mean_gates(self, session: "Session") -> list[Tensor]:
-        """Return the mean of the gates that would be drawn, per table (S, D)."""
-        assert self.controller is not None
-        gates = []
-        shares = self._split(session, self.controller.probabilities(), 0)
-        for blocks, menu, share in zip(self._blocks(session), self._menus(session), shares, strict=True):
-            each = blocks.gates(blocks.kept(menu))  # (choices, arms, S, D): choices have no block in common
-            gates.append(torch.einsum("ca,casd->sd", share[:, : menu.shape[1]], each))
-        return gates
-
-    def _cost(self, session: "Session", heights: Sequence[Tensor]) -> Tensor:
-        """Return the memory cost as a share of the budget: C / B, (N,)."""
-        budget = session.budget
-        sizes = [
-            blocks.n_weights(own) * (blocks.spec.dtype.itemsize if budget.unit == "bytes" else 1)
-            for blocks, own in zip(self._blocks(session), heights, strict=True)
-        ]
-        return torch.stack(sizes).sum(0) / budget.limit(session.original_bytes)
-
-    # The result.
-
-    @hookimpl
-    def embsearch_derive(self, session: "Session", budget: Budget | None) -> SizePlan:
-        """Choose the arms that are worth most within the budget; the most likely ones where none is kept.
-
-        An arm is worth its validation loss on the shared weights, negative: that of its choice, all other choices being at the
-        mean of what the controller draws (the gates of evaluation). Worths of different choices, and so those of the column
-        chunks of ME, are taken to add up. Probabilities say little of arms that were hardly drawn, and are not worths.
-        """
-        assert self.controller is not None
-        chosen = self.controller.most_likely() if budget is None else self._best(session, budget)
-        heights = self._heights(session, chosen)
-        plans = [
-            blocks.plan(own.cpu(), table.blocks)
-            for blocks, own, table in zip(self._blocks(session), heights, session.tables, strict=True)
-        ]
-        return SizePlan(tuple(plans), session.space.align)
-
-    def _best(self, session: "Session", budget: Budget) -> Tensor:
-        """Return the arms that are worth most within the budget, (choices,)."""
-        unit = budget.unit
-        worths = self._worths(session)
-        offers = [
-            blocks.ways(blocks.menu(self.config.mode), worth, unit)
-            for blocks, worth in zip(self._blocks(session), worths, strict=True)
-        ]
-        found = allocate_among(offers, budget.limit(session.original_bytes), unit)
-        chosen = [torch.tensor(arms).expand(len(worth)) for (_, arms), worth in zip(found, worths, strict=True)]
-        return torch.cat(chosen).to(session.gates[0].device)
-
-    def _worths(self, session: "Session") -> list[Tensor]:
-        """Return what each arm is worth, per table (choices, arms)."""
-        reference = self._mean_gates(session)
-        alternatives = list(self._alternatives(session, reference))
-        found = torch.tensor(losses(session, reference, alternatives, self.config.score_batches), dtype=torch.float64)
-        menus = self._menus(session)
-        by_table = found.neg().split([menu.shape[0] * menu.shape[1] for menu in menus])
-        return [worth.view(menu.shape[:2]) for worth, menu in zip(by_table, menus, strict=True)]
-
-    def _alternatives(self, session: "Session", reference: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
-        """Yield a table's number and its gates under each arm of each choice, all else as in the reference."""
-        for index, (blocks, menu) in enumerate(zip(self._blocks(session), self._menus(session), strict=True)):
-            for arms in menu:
-                concerned = blocks.gates(arms.amax(0, keepdim=True) > 0) > 0  # (1, D): the columns that the choice decides on
-                for heights in arms:
-                    yield index, torch.where(concerned, blocks.gates(blocks.kept(heights)), reference[index])
-
-    @hookimpl
-    def embsearch_fold(self, session: "Session", plan: SizePlan) -> Sequence[Fold]:
-        """Return the projections' rows in the order of the plans' columns."""
-        return [_fold(session.form(index), table) for index, table in enumerate(plan.tables)]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the controller, its generator, and what was seen of the batches."""

@@ -29,6 +29,12 @@ def auc(logits: Tensor, labels: Tensor) -> Tensor:
     return (below + at_most).double().mean() / (2 * negatives.numel())
 
 
+def one_class(labels: Tensor) -> bool:
+    """Return whether labels are all positive, or all negative, so that there is no AUC."""
+    positive = labels > 0.5
+    return bool(positive.all()) or not bool(positive.any())
+
+
 def recall(n: int, logits: Tensor, labels: Tensor) -> Tensor:
     """Return the share of examples whose positive, the first candidate, is among the n candidates with the highest logits.
 
@@ -100,6 +106,6 @@ def _no_number(quality: str | Quality, got: str) -> str:
 def _wrong_shape(name: str, wanted: str, logits: Tensor, labels: Tensor) -> str:
     return (
         f"the quality {name!r} needs {wanted}; the model returns logits {tuple(logits.shape)} and labels "
-        f"{tuple(labels.shape)}.\n  Possible solutions: 1) another quality: auc for clicks, recall@1 for top-k, mse for ratings  "
-        "2) a function of your own, (logits, labels) -> a number  3) objective=, to return others."
+        f"{tuple(labels.shape)}.\n  Possible solutions: 1) another quality: auc for clicks, recall@1 for top-k, mse for "
+        "ratings  2) a function of your own, (logits, labels) -> a number  3) objective=, to return others."
     )

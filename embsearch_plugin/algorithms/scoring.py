@@ -42,7 +42,7 @@ def losses(
         raise SessionError("candidates are scored on validation batches, and none has enough examples. Use larger batches.")
     found: list[float] = distributed.mean([(totals / examples).to(reference[0].device)])[0].tolist()
     if not all(map(math.isfinite, found)):
-        raise NonFiniteLoss("candidates are scored by their validation losses, and some are no numbers. Look for NaN in the data.")
+        raise NonFiniteLoss("candidates are scored by validation losses, and some are no numbers. Look for NaN in the data.")
     return found
 
 
