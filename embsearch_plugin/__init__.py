@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from embsearch_plugin.algorithms.grid import Grid
     from embsearch_plugin.algorithms.magnitude import Magnitude
     from embsearch_plugin.algorithms.mde import Mde
+    from embsearch_plugin.algorithms.nis import Nis
     from embsearch_plugin.algorithms.random import Random
     from embsearch_plugin.algorithms.spectral import Spectral
     from embsearch_plugin.algorithms.uniform import Uniform
@@ -33,6 +34,7 @@ _HOMES = {
     "Grid": "algorithms.grid",
     "Magnitude": "algorithms.magnitude",
     "Mde": "algorithms.mde",
+    "Nis": "algorithms.nis",
     "Random": "algorithms.random",
     "SearchSpace": "space",
     "Session": "search.session",
@@ -55,6 +57,7 @@ __all__ = [
     "Grid",
     "Magnitude",
     "Mde",
+    "Nis",
     "Random",
     "SearchSpace",
     "Session",

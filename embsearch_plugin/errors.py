@@ -56,6 +56,10 @@ class ObjectiveError(EmbsearchError):
     """The model, or the objective, does not return ``loss, (loss, logits, labels)``."""
 
 
+class QualityError(EmbsearchError):
+    """A quality to search by is no number, or does not fit what the model returns."""
+
+
 class NonFiniteLoss(EmbsearchError):
     """The loss of a search step is NaN or infinite. Nothing was updated with it."""
 

@@ -52,7 +52,8 @@ class TablePlan:
         blocks: ``(rows, dim)`` in plan order; the rows sum to the table's.
         order: int32 (kept rows,), ``order[i]`` is the original row at place i; rows of dim 0 are not listed. ``None``
             where the rows already stand in plan order.
-        columns: (D,), a permutation: ``columns[k]`` is the original column at place k. ``None`` for the natural order.
+        columns: (D,), a permutation: ``columns[k]`` is the original column at place k. ``None`` for the natural order. Stored
+            only where there is no projection, whose rows stand in that order.
         mask: bool (V, D), the weights kept by a fine-grained plan; then ``order`` and ``columns`` are ``None``.
         projection: whether the K stored columns are projected to the table's D by a matrix (K, D); otherwise they are
             padded with zeros.
@@ -80,8 +81,6 @@ class TablePlan:
         rows, dim, dims = self.table.rows, self.table.dim, [block.dim for block in self.blocks]
         if (self.projection or self.bias) and (self.mask is not None or not any(dims)):
             yield "a projection and a bias need stored columns, kept by blocks"
-        if self.projection and self.columns is not None:
-            yield "it has a projection, whose rows stand in any order, so it needs no column order"
         if any(block.rows < 1 for block in self.blocks) or sum(block.rows for block in self.blocks) != rows:
             yield f"its blocks must hold one row or more each, and the table's {rows} together"
         if not all(0 <= d <= dim for d in dims):
@@ -181,7 +180,7 @@ class TablePlan:
         if self.mask is not None:
             return weights + fine_index_bytes(self.table, self.n_weights)
         remap = remap_bytes(self.table) if self.order is not None else 0
-        placement = placement_bytes(self.table) if self.columns is not None else 0
+        placement = placement_bytes(self.table) if self.columns is not None and not self.projection else 0
         return weights + remap + placement + self.n_output_params * PROJECTION_DTYPE.itemsize
 
 

@@ -22,6 +22,7 @@ BUILTIN = (
     "embsearch_plugin.algorithms.mde",
     "embsearch_plugin.algorithms.random",
     "embsearch_plugin.algorithms.spectral",
+    "embsearch_plugin.algorithms.nis",
     "embsearch_plugin.algorithms.uniform",
     "embsearch_adapters.torchrec_ebc",
 )

@@ -24,8 +24,9 @@ class SearchSpace:
 
     Args:
         row_blocks: a number of equal blocks, or the blocks' shares of the rows, most frequent rows first, summing to one.
-        column_chunks: a number of equal chunks, or the chunks' widths, summing to the table's dim. By default the width
-            is halved again and again, down to ``align``: 32 columns are cut into 4, 4, 8 and 16.
+        column_chunks: a number of equal chunks (fewer, where a table is too narrow to cut it into so many), or the chunks'
+            widths, summing to the table's dim. By default the width is halved again and again, down to ``align``: 32 columns
+            are cut into 4, 4, 8 and 16.
         scope: ``"table"`` ranks and cuts the rows of each table; ``"global"`` ranks the rows of all tables in one list
             and cuts that (dnis.txt, 2.3).
         min_block_rows: blocks with fewer rows are merged with their neighbour, so that a tiny table is one block.
@@ -77,8 +78,10 @@ class SearchSpace:
             return _halve(dim, self.align)
         if isinstance(self.column_chunks, Sequence):
             widths = tuple(index(width) for width in self.column_chunks)
+        elif _is_count(self.column_chunks) and dim % self.align == 0 and dim < self.column_chunks * self.align:
+            widths = (self.align,) * (dim // self.align)
         elif _is_count(self.column_chunks) and dim % self.column_chunks == 0:
-            widths = (dim // index(self.column_chunks),) * self.column_chunks
+            widths = (dim // index(self.column_chunks),) * index(self.column_chunks)
         else:
             raise SpaceError(
                 f"column_chunks must be a number that divides the table's dim {dim}, or the widths; got {self.column_chunks!r}."

@@ -39,7 +39,14 @@ def plan_of_every_kind() -> SizePlan:
             TablePlan.nested(table(name="blocks"), [8, 0, 4], [rows(5, 1), rows(3), rows(0, 2, 4)]),
             TablePlan.nested(table(name="ranked", dtype=torch.float16), [8, 4], [rows(0, 1), rows(2, 3, 4, 5)]),
             TablePlan.fine(table(5, 3, name="fine"), mask, [rows(0, 1), rows(2, 3, 4)]),
-            TablePlan.nested(table(name="projected"), [4, 2], [rows(0, 1), rows(2, 3, 4, 5)], projection=True, bias=True),
+            TablePlan.nested(
+                table(name="projected"),
+                [4, 2],
+                [rows(0, 1), rows(2, 3, 4, 5)],
+                [7, 6, 5, 4, 3, 2, 1, 0],
+                projection=True,
+                bias=True,
+            ),
         ),
         align=2,
     )
@@ -216,7 +223,7 @@ def test_sums_over_tables() -> None:
     projection, bias = 4 * 8, 8
     assert plan.n_params == 48 + 24 + 0 + (2 * 8 + 3 * 4) + (2 * 8 + 4 * 4) + 8 + (2 * 4 + 4 * 2) + projection + bias
     assert plan.original_bytes == 5 * 48 * 4 + 48 * 2 + 15 * 4
-    placement, remap, starts = 8 * 4, 6 * 4, 6 * 4
+    placement, remap, starts = 8 * 4, 6 * 4, 6 * 4  # a projection's rows stand in the columns' order, which is not stored
     weights = (48 + 24 + 28 + 16) * 4 + 32 * 2 + 8 * (4 + 1)
     assert plan.size_bytes == weights + placement + remap + starts + (projection + bias) * 4
 

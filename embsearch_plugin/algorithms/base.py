@@ -34,6 +34,10 @@ class AlgorithmConfig:
         :attr:`least_search_steps`: a plan may be derived after so many.
         :meth:`candidates`: the allocations it tries, each by a training of its own.
 
+    What a rewrite needs to know:
+        ``folds_gates``: whether gates are part of the weights, which are multiplied by them when they are stored. Otherwise
+        gates only say what takes part, and the plan says that again.
+
     Args:
         warm_up: weight steps before the first search step. Ids are counted meanwhile (and after it: ranks are refreshed
             whenever the number of steps has doubled), so the default serves a run of 200 steps and one of 200,000.
@@ -42,6 +46,7 @@ class AlgorithmConfig:
 
     name: ClassVar[str]
     starts_from: ClassVar[Literal["scratch", "dense"]] = "scratch"
+    folds_gates: ClassVar[bool] = True
     warm_up: int = 50
     every: int = 1
 

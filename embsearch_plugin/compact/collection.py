@@ -66,8 +66,8 @@ def _remap(plan: TablePlan) -> Tensor | None:
 
 
 def _placement(plan: TablePlan) -> Tensor | None:
-    """Return for each original column its place in the column order, int32 (D,)."""
-    if plan.columns is None:
+    """Return for each original column its place in the column order, int32 (D,); a projection's rows follow that order."""
+    if plan.columns is None or plan.projection:
         return None
     placement = torch.empty(plan.table.dim, dtype=torch.int32, device="cpu")
     placement[torch.tensor(plan.columns, device="cpu")] = torch.arange(plan.table.dim, dtype=torch.int32, device="cpu")

@@ -42,6 +42,7 @@ class Session:
     Attributes:
         model: the model.
         config, budget, space: what was asked for.
+        seed: of the random numbers that the search draws.
         algorithm: the plugin that searches.
         step_count: weight steps since ``attach``.
         search_steps: search steps taken.
@@ -61,11 +62,13 @@ class Session:
         self.model, self.config, self.budget, self.space = model, algorithm, budget, algorithm.space(space)
         self.step_count = self.search_steps = 0
         self.algorithm: Algorithm = algorithm.build()
-        self._objective, self._seed = objective, seed
+        self._objective, self.seed = objective, seed
         self._observers = [o for some in manager().hook.embsearch_register_observers(session=self) for o in some]
         self._plugins = _plugins_of(self.algorithm, self._observers)  # before the model is touched: it may fail
         # None once the search is over
-        self._searched: SearchedTables | None = SearchedTables(model, self.space, fused, algorithm.form)
+        self._searched: SearchedTables | None = SearchedTables(
+            model, self.space, fused, algorithm.form, folds_gates=algorithm.folds_gates
+        )
         self._ranking = Ranking(self._tables, self.space, frequencies, self._run_to_count)
         model.__dict__[ATTRIBUTE] = self
         self._pre_hook = model.register_forward_pre_hook(_before_forward, with_kwargs=True)
@@ -124,7 +127,7 @@ class Session:
         return self._tables.form(table)
 
     def merged_weight(self, table: int) -> Tensor:
-        """Return a table's weights times the gates that multiply its rows, float32 (V, W): before its form, if it has one."""
+        """Return a table's weights times the gates that are part of them, float32 (V, W): before its form, if it has one."""
         return self._tables.merged_weight(table)
 
     @property
@@ -140,6 +143,16 @@ class Session:
         """Run the objective with ``gates`` in place of the current ones, as for :meth:`use_gates`; leaves no trace."""
         with self._own_forward(), self._tables.searching(gates, group=group):
             return outcome_of(self._objective, self.model, batch)
+
+    def groups_in(self, batch: Any, size: int) -> int:
+        """Return how many groups of ``size`` examples a batch has, over processes the mean; takes a forward pass.
+
+        It is one where examples share looked-up bags (negatives of the whole batch, say): then all have the same gates.
+        """
+        examples = len(self.evaluate(batch, self.gates).logits)
+        alone = all(supernet.bags == examples for supernet in self._tables.supernets)
+        groups = torch.tensor(math.ceil(examples / size) if alone else 1, dtype=torch.float64, device=self._tables.device)
+        return math.ceil(float(distributed.mean([groups])[0]))
 
     def validation_batches(self, count: int) -> list[Any]:
         """Return the validation loader's first ``count`` batches, or all it has; search steps do not miss them.
@@ -221,8 +234,8 @@ class Session:
             raise AttachError("this session is attached already; call detach() first.")
         for each in optimizers:
             check_hook_fires(each)
-        self._validation = ValidationStream(validation, self._seed)
-        self._training = None if training is None else ValidationStream(training, self._seed)
+        self._validation = ValidationStream(validation, self.seed)
+        self._training = None if training is None else ValidationStream(training, self.seed)
         self._optimizers = optimizers
         self._step_hooks = [each.register_step_post_hook(self._after_optimizer_step) for each in optimizers]
         self._train_forms(optimizers[0])
@@ -322,7 +335,7 @@ class Session:
             return
         self._inside = True
         autocast = self._tables.supernets[0].autocast or Autocast.now(self._tables.device.type)
-        seed = self._seed * 1_000_003 + self.search_steps
+        seed = self.seed * 1_000_003 + self.search_steps
         try:
             tables = [supernet.inner for supernet in self._tables.supernets]
             with untouched(self.model, tables, seed), autocast.again(), torch.enable_grad():

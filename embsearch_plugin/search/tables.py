@@ -37,6 +37,7 @@ class SearchedTables:
         space: how tables are cut.
         fused: TorchRec's ``fused_params``, where the tables are to be trained by fused kernels.
         form: what is to follow a table's lookup; the same kind for all, or ``None`` for all.
+        folds_gates: whether weights are stored multiplied by the gates.
     """
 
     def __init__(
@@ -45,6 +46,8 @@ class SearchedTables:
         space: SearchSpace,
         fused: Mapping[str, Any] | None = None,
         form: Callable[[Table], Form | None] = lambda table: None,
+        *,
+        folds_gates: bool = True,
     ) -> None:
         self.found = find_collections(model)
         for found in self.found:
@@ -57,7 +60,7 @@ class SearchedTables:
             cast(SearchableEmbeddingBagCollection, build_supernet(f, own)) for f, own in zip(self.found, forms, strict=True)
         ]
         for supernet in self.supernets:
-            supernet.fused_params = fused
+            supernet.fused_params, supernet.folds_gates = fused, folds_gates
         self.blocks: list[RowBlocks] | None = None
         for found, supernet in zip(self.found, self.supernets, strict=True):
             found.replace_in(model, supernet)

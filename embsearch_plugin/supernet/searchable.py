@@ -90,6 +90,7 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self.counts: list[Tensor] | None = None  # per table (V,), while ids are counted
         self.counts_always = False  # in every forward, not in training only
         self.fused_params: Mapping[str, Any] | None = None
+        self.folds_gates = True  # whether gates are part of the weights, or only say which take part
         self.autocast: Autocast | None = None  # of the last training forward
         self.forwards = 0  # by the owner of the model, with gradients
         # Not buffers: they are made after the model, and a copy of it made before (for averaging, say) has none; and they
@@ -101,6 +102,7 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self.next_gates: list[Tensor] | None = None  # of training forwards, in place of the gates; may carry a graph
         self._candidates: list[Tensor] | None = None  # gates of a search step, in place of either
         self._used: list[Tensor] = []  # the gates of the forward that is running
+        self.bags = 0  # per feature, of the last forward: examples, unless the model looks up more for each
         self.group = 1  # examples that share gates, where gates are those of groups
         self._virtual: VirtualRows | None = None
         self.captured: list[Captured] | None = None  # outputs, while a gradient is wanted there
@@ -142,9 +144,14 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         return self._gates
 
     def row_gates(self, table: int) -> Tensor:
-        """Return the gates that multiply a table's rows, float32 (S, W); one where its form weighs candidates instead."""
+        """Return the gates that are part of a table's weights, float32 (S, W).
+
+        One where they only say which weights take part, and where the table's form weighs candidates instead.
+        """
         gates = self._gates[table]
-        return gates.new_ones(len(gates), self._widths[table]) if self.weighs else gates
+        if self.weighs or not self.folds_gates:
+            return gates.new_ones(len(gates), self._widths[table])
+        return gates
 
     def form_parameters(self, table: int) -> list[nn.Parameter]:
         """Return the parameters of a table's form."""
@@ -215,7 +222,7 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         if self._candidates is not None and features.stride() < self.smallest_batch:
             raise TooSmallBatch
         self.fuse()
-        features = ordered(features, self._features)
+        features, self.bags = ordered(features, self._features), features.stride()
         weight_step = self.training and torch.is_grad_enabled() and self._candidates is None
         self._used = self._candidates or (self.next_gates if weight_step else None) or self._gates
         self.forwards += torch.is_grad_enabled() and self._candidates is None

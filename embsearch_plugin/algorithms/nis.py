@@ -1,0 +1,241 @@
+"""NIS: Neural Input Search for Large Scale Recommendation Models (Joglekar et al., KDD 2020).
+
+A table is cut into S x T embedding blocks (3.3.1). A controller chooses which take part: a single-size embedding (SE), one
+pair (s, t) or nothing, or a multi-size one (ME), for each column chunk the s leading row blocks. What is kept is pooled, then
+projected to the table's width; rows and tables that are left out are zero vectors. After a warm-up, in which all blocks train
+and the controller rests (3.4.1), weight steps and controller steps take turns. A weight step trains the blocks of one choice,
+drawn for the mini-batch. A controller step draws a choice for each ``group`` examples of a validation batch (A.2.2) and learns
+by policy gradient, with a baseline network (3.4.2), from the reward of each (3.3.2):
+
+    R = R_Q - lambda * max(C / B - 1, 0)
+
+Pooling before projecting is exact: a sum of projected rows is the projected sum (3.2, MBOW).
+
+Differences from the paper:
+    * Projections start as the identity, so that a search starts as the model would without it. How the paper draws them it
+      does not say (A.2.1: "all weights, including hidden layer weights and embedding matrices", Gaussian).
+    * C and B are bytes or parameters, as the session's budget is. C is the blocks' weights alone, as there. A derived plan
+      pays for projections and remaps too.
+    * Advantage actor-critic in step: A3C without its asynchronous workers. Processes that train together average their
+      gradients. There is no entropy bonus; the paper mentions none.
+    * How the baseline uses "the choices that have already been made" is not said; see
+      :class:`~embsearch_plugin.algorithms.controller.Controller`. Adagrad's sum of squares starts at PyTorch's 0; TensorFlow's
+      0.1 makes small steps for thousands of updates.
+    * ``warm_up`` is 50 weight steps, not 100K of 1M to 3M, to fit short runs. While the controller has learned little all arms
+      are about equally likely, so that every block goes on being trained. For long runs set some per cent of the steps.
+    * Gates outside training are the mean over the controller's draws, as weights are scaled after dropout: the most likely
+      choice is arbitrary while nothing is learned, and jumps. Both are one where the controller has converged.
+    * A plan keeps its budget, by an exact allocation (:meth:`NisSearch.embsearch_derive`). The paper's rule, the most likely
+      choice, which may overshoot, is ``derive(strict=False)``.
+"""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from embsearch_plugin.algorithms.base import AlgorithmConfig
+from embsearch_plugin.algorithms.block_choices import BlockChoices
+from embsearch_plugin.algorithms.controller import Controller
+from embsearch_plugin.algorithms.embedding_blocks import Mode
+from embsearch_plugin.algorithms.quality import Quality, number, one_class, quality_of
+from embsearch_plugin.algorithms.scoring import losses
+from embsearch_plugin.budget import Budget
+from embsearch_plugin.collection import Table
+from embsearch_plugin.compact.fold import UNFOLDED, Fold
+from embsearch_plugin.errors import NonFiniteLoss
+from embsearch_plugin.hookspecs import hookimpl
+from embsearch_plugin.plan import SizePlan, TablePlan
+from embsearch_plugin.space import SearchSpace
+from embsearch_plugin.supernet.forms import Form, Projection
+
+if TYPE_CHECKING:
+    from embsearch_plugin.search.objective import Outcome
+    from embsearch_plugin.search.session import Session
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nis(AlgorithmConfig):
+    """Settings of NIS.
+
+    Args:
+        mode: ``"se"``, single-size embeddings, or ``"me"``, multi-size ones.
+        quality: R_Q, of the examples that share a choice: ``"auc"``, ``"recall@1"`` (any number; logits must be (B, 1 +
+            negatives), the positive first), ``"mse"`` (negative), or a function (logits, labels) -> a number, higher being
+            better. Groups of one class have no AUC and are skipped.
+        penalty: lambda, how much R_Q must gain to be worth going over the budget by once the budget.
+        lr: learning rate of Adagrad, for the controller and its baseline.
+        group: validation examples that share a choice. A whole batch shares one where its examples share looked-up bags, as of
+            common negatives.
+        score_batches: validation batches on which ``derive`` scores every candidate.
+    """
+
+    name: ClassVar[str] = "nis"
+    folds_gates: ClassVar[bool] = False
+    mode: Mode = "me"
+    quality: str | Quality = "auc"
+    penalty: float = 0.01
+    lr: float = 0.1
+    group: int = 64
+    score_batches: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mode not in ("se", "me"):
+            raise ValueError(f"mode must be 'se' or 'me'; got {self.mode!r}")
+        if min(self.group, self.score_batches) < 1 or self.lr <= 0 or self.penalty < 0:
+            raise ValueError(
+                "group and score_batches must be at least 1, lr above 0, penalty at least 0; got "
+                f"{self.group}, {self.score_batches}, {self.lr}, {self.penalty}"
+            )
+        quality_of(self.quality)
+
+    @property
+    def searches_within_budget(self) -> bool:
+        """The reward depends on the budget."""
+        return True
+
+    def space(self, given: SearchSpace | None) -> SearchSpace:
+        """Return five equal row blocks by four equal column chunks (4.1.3), where the user asked for nothing else."""
+        return given or SearchSpace(row_blocks=(0.2,) * 5, column_chunks=4)
+
+    def form(self, table: Table) -> Form:
+        """Return the chunks' projections, one below the other."""
+        return Projection(table.dim)
+
+    def build(self) -> "NisSearch":
+        """Return a new search."""
+        return NisSearch(self)
+
+
+class NisSearch:
+    """One search by NIS."""
+
+    def __init__(self, config: Nis) -> None:
+        self.config = config
+        self.controller: Controller | None = None
+        self.generator = torch.Generator()
+        self.groups = 0  # of a validation batch; 0 where none was seen
+        self.skipped = 0  # groups of one class until now
+
+    @hookimpl
+    def embsearch_search_start(self, session: "Session") -> None:
+        """All arms are equally likely (4.1.3)."""
+        self.controller = Controller(self._choices(session).arms, self.config.lr, session.gates[0].device)
+        self.generator.manual_seed(session.seed)
+
+    @hookimpl
+    def embsearch_before_forward(self, session: "Session") -> None:
+        """Draw the choice of a mini-batch; until the warm-up is over all blocks train."""
+        if self.controller is not None:
+            (drawn,) = self.controller.draw(1, self.generator)
+            choices = self._choices(session)
+            session.use_gates(choices.gates(choices.heights(drawn)))
+
+    @hookimpl
+    def embsearch_search_step(self, session: "Session", batch: Any) -> Mapping[str, float]:
+        """Draw a choice for each group of examples, and learn from their rewards."""
+        assert self.controller is not None
+        choices, config = self._choices(session), self.config
+        self.groups = self.groups or session.groups_in(batch, config.group)
+        drawn = self.controller.draw(self.groups, self.generator)
+        heights = choices.heights(drawn)
+        outcome = session.evaluate(batch, choices.gates(heights), config.group)
+        cost = choices.cost(heights, session.budget.unit) / session.budget.limit(session.original_bytes)
+        reward = self._qualities(outcome).to(drawn.device) - config.penalty * (cost - 1).clamp(min=0)
+        told = ~reward.isnan()
+        self.controller.learn(drawn[told], reward[told])
+        session.set_gates(choices.mean_gates(self.controller.probabilities()))
+        return self._summary(outcome, reward[told], cost)
+
+    @hookimpl
+    def embsearch_derive(self, session: "Session", budget: Budget | None) -> SizePlan:
+        """Choose the arms that are worth most within the budget; the most likely ones where none is kept.
+
+        An arm's worth is the validation loss on the shared weights, negative, where its choice takes it and all others are at
+        the mean of what the controller draws (the gates of evaluation). Worths of different choices, and so those of one
+        table's column chunks, are taken to add up. Probabilities are no worths: they say little of what was hardly drawn.
+        """
+        assert self.controller is not None
+        choices = self._choices(session)
+        if budget is None:
+            chosen = self.controller.most_likely()
+        else:
+            reference = choices.mean_gates(self.controller.probabilities())
+            scores = losses(session, reference, list(choices.alternatives(reference)), self.config.score_batches)
+            chosen = choices.best([-loss for loss in scores], budget.limit(session.original_bytes), budget.unit)
+        by_table = zip(choices.tables, choices.heights(chosen), session.tables, strict=True)
+        plans = [blocks.plan(heights.cpu(), table.blocks) for blocks, heights, table in by_table]
+        return SizePlan(tuple(plans), session.space.align)
+
+    @hookimpl
+    def embsearch_fold(self, session: "Session", plan: SizePlan) -> Sequence[Fold]:
+        """Return the projections' rows in the order of the plans' columns."""
+        return [_fold(session.form(index), table) for index, table in enumerate(plan.tables)]
+
+    def _choices(self, session: "Session") -> BlockChoices:
+        return BlockChoices.of(session, self.config.mode)
+
+    def _qualities(self, outcome: "Outcome") -> Tensor:
+        """Return R_Q of each group, (N,); NaN where a group has no examples, or no AUC."""
+        loss = float(outcome.loss.detach())
+        if not math.isfinite(loss):
+            raise NonFiniteLoss(f"the validation loss must be a number; got {loss}. The controller is as before.")
+        logits, labels, config = outcome.logits.detach(), outcome.labels.detach(), self.config
+        group = (torch.arange(len(logits), device=logits.device) // config.group) % self.groups
+        measure, found = quality_of(config.quality), [math.nan] * self.groups
+        for index in group.unique().tolist():
+            mine = group == index
+            if config.quality == "auc" and one_class(labels[mine]):
+                self.skipped += 1
+            else:
+                found[index] = number(config.quality, measure(logits[mine], labels[mine]))
+        return torch.tensor(found)
+
+    def _summary(self, outcome: "Outcome", reward: Tensor, cost: Tensor) -> Mapping[str, float]:
+        if not len(reward):
+            log.warning("no group of a validation batch has both classes, so a step taught nothing; use a larger group=")
+            return {}
+        assert self.controller is not None
+        return {
+            "loss": float(outcome.loss.detach()),
+            "reward": float(reward.mean()),
+            "cost_per_budget": float(cost.mean()),
+            "certainty": float(self.controller.probabilities().amax(1).mean()),
+            "skipped_groups": float(self.skipped),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the controller, its generator, and what was seen of the batches."""
+        return {
+            "controller": None if self.controller is None else self.controller.state_dict(),
+            "generator": self.generator.get_state(),
+            "groups": self.groups,
+            "skipped": self.skipped,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state``."""
+        controller = state["controller"]
+        self.controller = None if controller is None else Controller.from_state(controller, self.config.lr)
+        self.generator.set_state(state["generator"].cpu())
+        self.groups, self.skipped = state["groups"], state["skipped"]
+
+
+def _fold(form: Form, plan: TablePlan) -> Fold:
+    assert isinstance(form, Projection)
+    if not plan.projection:
+        return UNFOLDED
+    return Fold(projection=form.weight.detach()[list(plan.columns or range(plan.table.dim))])
+
+
+@hookimpl
+def embsearch_register_algorithms() -> Sequence[type[AlgorithmConfig]]:
+    """Register NIS."""
+    return [Nis]

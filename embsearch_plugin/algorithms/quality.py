@@ -1,0 +1,111 @@
+"""Qualities to search by, where the loss is not what is wanted: how good logits are, higher being better (nis.txt, 3.3.2)."""
+
+import math
+import re
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from embsearch_plugin.errors import QualityError, did_you_mean
+
+Quality = Callable[[Tensor, Tensor], float | Tensor]  # (logits, labels) of some examples -> a number
+
+
+def auc(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the share of pairs of a positive and a negative that are ordered rightly, equal ones counting half.
+
+    NaN where there are no such pairs. Labels above one half are positive.
+
+    Raises:
+        QualityError: where there is not one logit and one label for each example.
+    """
+    if logits.dim() != 1 or logits.shape != labels.shape:
+        raise QualityError(_wrong_shape("auc", "a logit and a label for each example, (B,) both", logits, labels))
+    positive = labels > 0.5
+    negatives, positives = logits[~positive].float().sort().values, logits[positive].float()
+    below, at_most = (torch.searchsorted(negatives, positives, side=side) for side in ("left", "right"))
+    return (below + at_most).double().mean() / (2 * negatives.numel())
+
+
+def one_class(labels: Tensor) -> bool:
+    """Return whether labels are all positive, or all negative, so that there is no AUC."""
+    positive = labels > 0.5
+    return bool(positive.all()) or not bool(positive.any())
+
+
+def recall(n: int, logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the share of examples whose positive, the first candidate, is among the n candidates with the highest logits.
+
+    Candidates with the positive's own logit stand before it. Where the candidates are a sample of all items, this is the
+    sampled recall.
+
+    Raises:
+        QualityError: where logits are not (examples, candidates).
+    """
+    if logits.dim() != 2:
+        wanted = "logits (B, 1 + negatives), the positive first"
+        raise QualityError(_wrong_shape(f"recall@{n}", wanted, logits, labels))
+    before = (logits[:, 1:] >= logits[:, :1]).sum(1)
+    return (before < n).double().mean()
+
+
+def negative_squared_error(predictions: Tensor, labels: Tensor) -> Tensor:
+    """Return the negative mean squared error.
+
+    Raises:
+        QualityError: where predictions and labels differ in shape.
+    """
+    if predictions.shape != labels.shape:
+        raise QualityError(_wrong_shape("mse", "a prediction for each label", predictions, labels))
+    return -(predictions - labels).double().square().mean()
+
+
+def quality_of(quality: str | Quality) -> Quality:
+    """Return the quality of a name: ``"auc"``, ``"recall@1"`` (any number) or ``"mse"`` (its negative); or the given function.
+
+    Raises:
+        ValueError: where there is no such name.
+    """
+    if callable(quality):
+        return quality
+    top = re.fullmatch(r"recall@([1-9]\d*)", str(quality))
+    if top:
+        return partial(recall, int(top[1]))
+    named: dict[str, Quality] = {"auc": auc, "mse": negative_squared_error}
+    if quality not in named:
+        known = did_you_mean(str(quality), [*named, "recall@1"])
+        raise ValueError(f"unknown quality {quality!r}.{known} Or a function (logits, labels) -> a number")
+    return named[quality]
+
+
+def number(quality: str | Quality, value: object) -> float:
+    """Return what a quality gave as a number.
+
+    Raises:
+        QualityError: where it is none.
+    """
+    try:
+        found = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise QualityError(_no_number(quality, f"{type(value).__name__} {value!r}")) from error
+    if not math.isfinite(found):
+        raise QualityError(_no_number(quality, str(found)))
+    return found
+
+
+def _no_number(quality: str | Quality, got: str) -> str:
+    name = getattr(quality, "__name__", quality)
+    return (
+        f"the quality {name!r} must be a number; got {got}. The controller is as before.\n  Possible solutions: 1) return one "
+        "finite number for the logits and labels of a group of examples  2) look for NaN in the logits."
+    )
+
+
+def _wrong_shape(name: str, wanted: str, logits: Tensor, labels: Tensor) -> str:
+    return (
+        f"the quality {name!r} needs {wanted}; the model returns logits {tuple(logits.shape)} and labels "
+        f"{tuple(labels.shape)}.\n  Possible solutions: 1) another quality: auc for clicks, recall@1 for top-k, mse for "
+        "ratings  2) a function of your own, (logits, labels) -> a number  3) objective=, to return others."
+    )

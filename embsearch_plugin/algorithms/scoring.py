@@ -1,0 +1,58 @@
+"""Scoring candidates on the shared weights: the validation loss where one table's gates are exchanged for others."""
+
+import math
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from embsearch_plugin import distributed
+from embsearch_plugin.errors import NonFiniteLoss, SessionError
+from embsearch_plugin.supernet.searchable import TooSmallBatch
+
+if TYPE_CHECKING:
+    from embsearch_plugin.search.session import Session
+
+
+def losses(
+    session: "Session", reference: Sequence[Tensor], alternatives: Sequence[tuple[int, Tensor]], batches: int
+) -> list[float]:
+    """Return the validation loss of each alternative: one forward pass per batch for each, which leaves no trace.
+
+    Every alternative meets the same examples and the same dropout, so that equal gates have equal losses.
+
+    Args:
+        session: attached, so that it has validation batches.
+        reference: the gates of all tables, per table (S, C).
+        alternatives: a table's number, and the gates (S, C) that take the place of the reference there.
+        batches: how many of the loader's first batches are used, at most.
+
+    Raises:
+        SessionError: where no batch has enough examples.
+        NonFiniteLoss: where a loss is no number.
+    """
+    totals, examples = torch.zeros(len(alternatives), dtype=torch.float64), 0
+    for batch in session.validation_batches(batches):
+        with suppress(TooSmallBatch):
+            each, size = _losses_on(session, batch, reference, alternatives)
+            totals, examples = totals + each * size, examples + size
+    if not examples:
+        raise SessionError("candidates are scored on validation batches, and none has enough examples. Use larger batches.")
+    found: list[float] = distributed.mean([(totals / examples).to(reference[0].device)])[0].tolist()
+    if not all(map(math.isfinite, found)):
+        raise NonFiniteLoss("candidates are scored by validation losses, and some are no numbers. Look for NaN in the data.")
+    return found
+
+
+def _losses_on(
+    session: "Session", batch: Any, reference: Sequence[Tensor], alternatives: Sequence[tuple[int, Tensor]]
+) -> tuple[Tensor, int]:
+    """Return the loss of each alternative on a batch, and its number of examples."""
+    found, examples = [], 0
+    for table, gates in alternatives:
+        outcome = session.evaluate(batch, [*reference[:table], gates, *reference[table + 1 :]])
+        found.append(outcome.loss.detach().double().cpu())
+        examples = len(outcome.logits)
+    return torch.stack(found), examples
