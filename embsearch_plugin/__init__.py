@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 from embsearch_plugin import stack
 
 if TYPE_CHECKING:
+    from embsearch_plugin.algorithms.autodim import AutoDim
     from embsearch_plugin.algorithms.dnis import Dnis
     from embsearch_plugin.algorithms.magnitude import Magnitude
+    from embsearch_plugin.algorithms.sam import Sam
     from embsearch_plugin.algorithms.uniform import Uniform
     from embsearch_plugin.budget import Budget
     from embsearch_plugin.decorator import prepare, searchable, session
@@ -23,10 +25,12 @@ if TYPE_CHECKING:
     from embsearch_plugin.space import SearchSpace
 
 _HOMES = {
+    "AutoDim": "algorithms.autodim",
     "Budget": "budget",
     "Dnis": "algorithms.dnis",
     "EmbsearchError": "errors",
     "Magnitude": "algorithms.magnitude",
+    "Sam": "algorithms.sam",
     "SearchSpace": "space",
     "Session": "search.session",
     "SizePlan": "plan",
@@ -41,10 +45,12 @@ _HOMES = {
 }
 
 __all__ = [
+    "AutoDim",
     "Budget",
     "Dnis",
     "EmbsearchError",
     "Magnitude",
+    "Sam",
     "SearchSpace",
     "Session",
     "SizePlan",

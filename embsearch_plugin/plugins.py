@@ -16,8 +16,10 @@ from embsearch_plugin.plan import TablePlan
 from embsearch_plugin.supernet.forms import Form
 
 BUILTIN = (
+    "embsearch_plugin.algorithms.autodim",
     "embsearch_plugin.algorithms.dnis",
     "embsearch_plugin.algorithms.magnitude",
+    "embsearch_plugin.algorithms.sam",
     "embsearch_plugin.algorithms.uniform",
     "embsearch_adapters.torchrec_ebc",
 )

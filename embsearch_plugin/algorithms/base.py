@@ -36,12 +36,15 @@ class AlgorithmConfig:
         warm_up: weight steps before the first search step. Ids are counted meanwhile (and after it: ranks are refreshed
             whenever the number of steps has doubled), so the default serves a run of 200 steps and one of 200,000.
         every: a search step follows every ``every``-th weight step.
+        retrains: in a reference run, apply the plan to a model built anew and train that from scratch; otherwise the
+            searched model's compacted weights are trained on.
     """
 
     name: ClassVar[str]
     starts_from: ClassVar[Literal["scratch", "dense"]] = "scratch"
     warm_up: int = 50
     every: int = 1
+    retrains: bool = False
 
     def __post_init__(self) -> None:
         if self.warm_up < 0 or self.every < 1:
@@ -66,7 +69,7 @@ class AlgorithmConfig:
         """Return how tables are cut, given what the user asked for, if anything."""
         return given or SearchSpace()
 
-    def form(self, table: Table) -> Form | None:
+    def form(self, table: Table, space: SearchSpace) -> Form | None:
         """Return what is to follow a table's lookup, the same kind for every table; ``None`` for its gated rows."""
         return None
 

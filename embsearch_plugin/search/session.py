@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import pluggy
@@ -23,6 +24,7 @@ from embsearch_plugin.hookspecs import PROJECT, SessionHooks
 from embsearch_plugin.optimizers import check_hook_fires
 from embsearch_plugin.plan import SizePlan, mismatch
 from embsearch_plugin.plugins import manager
+from embsearch_plugin.randomness import private_random
 from embsearch_plugin.search.objective import Objective, Outcome, move, outcome_of, train_task, untouched
 from embsearch_plugin.search.ranking import Frequencies, Ranking
 from embsearch_plugin.search.second_order import after_weight_step
@@ -41,7 +43,7 @@ class Session:
 
     Attributes:
         model: the model.
-        config, budget, space: what was asked for.
+        config, budget, space, seed: what was asked for.
         algorithm: the plugin that searches.
         step_count: weight steps since ``attach``.
         search_steps: search steps taken.
@@ -61,11 +63,13 @@ class Session:
         self.model, self.config, self.budget, self.space = model, algorithm, budget, algorithm.space(space)
         self.step_count = self.search_steps = 0
         self.algorithm: Algorithm = algorithm.build()
-        self._objective, self._seed = objective, seed
+        self._objective, self.seed = objective, seed
         self._observers = [o for some in manager().hook.embsearch_register_observers(session=self) for o in some]
         self._plugins = _plugins_of(self.algorithm, self._observers)  # before the model is touched: it may fail
         # None once the search is over
-        self._searched: SearchedTables | None = SearchedTables(model, self.space, fused, algorithm.form)
+        self._searched: SearchedTables | None
+        with private_random(seed):  # of which forms draw their parameters
+            self._searched = SearchedTables(model, self.space, fused, partial(algorithm.form, space=self.space))
         self._ranking = Ranking(self._tables, self.space, frequencies, self._run_to_count)
         model.__dict__[ATTRIBUTE] = self
         self._pre_hook = model.register_forward_pre_hook(_before_forward, with_kwargs=True)
@@ -220,8 +224,8 @@ class Session:
             raise AttachError("this session is attached already; call detach() first.")
         for each in optimizers:
             check_hook_fires(each)
-        self._validation = ValidationStream(validation, self._seed)
-        self._training = None if training is None else ValidationStream(training, self._seed)
+        self._validation = ValidationStream(validation, self.seed)
+        self._training = None if training is None else ValidationStream(training, self.seed)
         self._optimizers = optimizers
         self._step_hooks = [each.register_step_post_hook(self._after_optimizer_step) for each in optimizers]
         self._train_forms(optimizers[0])
@@ -292,12 +296,11 @@ class Session:
     def _on_first_usable(self, next_batch: Callable[[], Any], tries: int = 1000) -> Mapping[str, float]:
         """Take a search step on the first batch with enough examples (two, where the model has batch norm)."""
         smallest = 2 if _has_batch_norm(self.model) else 1
-        for supernet in self._tables.supernets:
-            supernet.smallest_batch = smallest
         for _ in range(tries):
             batch = move(next_batch(), self._tables.device)
             try:
-                metrics = self._plugins.hook.embsearch_search_step(session=self, step=self.step_count, batch=batch)
+                with self._tables.at_least(smallest):
+                    metrics = self._plugins.hook.embsearch_search_step(session=self, step=self.step_count, batch=batch)
                 return cast(Mapping[str, float], metrics)
             except TooSmallBatch:
                 log.info("skipped a validation batch of fewer than %d examples", smallest)
@@ -321,7 +324,7 @@ class Session:
             return
         self._inside = True
         autocast = self._tables.supernets[0].autocast or Autocast.now(self._tables.device.type)
-        seed = self._seed * 1_000_003 + self.search_steps
+        seed = self.seed * 1_000_003 + self.search_steps
         try:
             tables = [supernet.inner for supernet in self._tables.supernets]
             with untouched(self.model, tables, seed), autocast.again(), torch.enable_grad():
