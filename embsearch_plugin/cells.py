@@ -231,9 +231,10 @@ class Cells:
     def _fresh(self, plan: SizePlan) -> nn.Module:
         """Build the recipe's model as the plan wants it, nothing of it trained."""
         model = apply(self._build(), plan)
-        for module in list(model.modules()) if self._train.fused else ():
-            if isinstance(module, CompactEmbeddingBagCollection) and module.chunks is not None:
-                module.fuse(fused_params(self._train.fused))
+        if self._train.fused:
+            for module in list(model.modules()):
+                if isinstance(module, CompactEmbeddingBagCollection) and module.chunks is not None:
+                    module.fuse(fused_params(self._train.fused))
         return model
 
     def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
