@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 from embsearch_plugin import stack
 
 if TYPE_CHECKING:
+    from embsearch_plugin.algorithms.autodim import AutoDim
     from embsearch_plugin.algorithms.dnis import Dnis
     from embsearch_plugin.algorithms.grid import Grid
     from embsearch_plugin.algorithms.magnitude import Magnitude
     from embsearch_plugin.algorithms.mde import Mde
     from embsearch_plugin.algorithms.nis import Nis
     from embsearch_plugin.algorithms.random import Random
+    from embsearch_plugin.algorithms.sam import Sam
     from embsearch_plugin.algorithms.spectral import Spectral
     from embsearch_plugin.algorithms.uniform import Uniform
     from embsearch_plugin.budget import Budget
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from embsearch_plugin.space import SearchSpace
 
 _HOMES = {
+    "AutoDim": "algorithms.autodim",
     "Budget": "budget",
     "Dnis": "algorithms.dnis",
     "EmbsearchError": "errors",
@@ -36,6 +39,7 @@ _HOMES = {
     "Mde": "algorithms.mde",
     "Nis": "algorithms.nis",
     "Random": "algorithms.random",
+    "Sam": "algorithms.sam",
     "SearchSpace": "space",
     "Session": "search.session",
     "SizePlan": "plan",
@@ -51,6 +55,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AutoDim",
     "Budget",
     "Dnis",
     "EmbsearchError",
@@ -59,6 +64,7 @@ __all__ = [
     "Mde",
     "Nis",
     "Random",
+    "Sam",
     "SearchSpace",
     "Session",
     "SizePlan",

@@ -4,7 +4,7 @@ What several cells need is trained once and kept beside them: the dense model, a
 
     dense/                          the model as it is, trained to convergence
     METHOD/                         the searched model's checkpoints and course, where one search serves every budget
-    METHOD/BUDGET/                  the compact model, trained on: plan.json, model.safetensors, cell.json
+    METHOD/BUDGET/                  the compact model, trained on or anew: plan.json, model.safetensors, cell.json
     METHOD/ALLOCATION/...           the same for each allocation, where a method tries several
 
 A cell that is finished has a ``cell.json``, and is never trained again. One that was stopped goes on at its last epoch.
@@ -23,6 +23,7 @@ from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import Tensor, nn
 
 from embsearch_plugin.algorithms.base import AlgorithmConfig
+from embsearch_plugin.compact.collection import CompactEmbeddingBagCollection
 from embsearch_plugin.data.dataset import Dataset, Split
 from embsearch_plugin.decorator import prepare
 from embsearch_plugin.errors import BudgetError, NonFiniteLoss, RunFolderError
@@ -33,7 +34,7 @@ from embsearch_plugin.hookspecs import hookimpl
 from embsearch_plugin.plan import SizePlan
 from embsearch_plugin.plugins import find_collections
 from embsearch_plugin.recipes import OPTIMIZERS, Fused, Recipe, Train
-from embsearch_plugin.saving import PLAN, WEIGHTS, load, save
+from embsearch_plugin.saving import PLAN, WEIGHTS, apply, load, save
 from embsearch_plugin.search.session import Session
 from embsearch_plugin.tasks import Score
 from embsearch_plugin.training import Epoch, Stage, Watcher, best_path, converge
@@ -167,7 +168,7 @@ class Cells:
             return self._missing(place, "diverged", error)
 
     def _train_compact(self, place: Place, config: AlgorithmConfig, course: Stages) -> Row:
-        """Search, rewrite and train on; ``course`` is the training that the search starts from."""
+        """Search, rewrite and train on, or train from scratch; ``course`` is the training that the search starts from."""
         folder, model = self._folder_of(place), self._build()
         optimizer = self._optimizer(model)
         session = self._session(model, optimizer, config, place.budget or "")
@@ -175,8 +176,13 @@ class Cells:
         if not (folder / PLAN).exists():  # a run that is resumed goes on with the plan it had
             session.derive().save(folder / PLAN)
         plan = SizePlan.load(folder / PLAN)
-        session.compact(plan)
-        stage = self._stage("fine-tune" if course else "train", model, optimizer, folder, str(place))
+        name = "fine-tune" if course else "train"
+        if session.config.retrains:
+            name, model = "retrain", self._fresh(plan)
+            optimizer = self._optimizer(model)
+        else:
+            session.compact(plan)
+        stage = self._stage(name, model, optimizer, folder, str(place))
         converge(stage, self.watcher)
         save(model, plan, folder)
         return self._row(place, model, plan.size_bytes, course | _course_of(stage))
@@ -246,6 +252,15 @@ class Cells:
         """Build the recipe's model; equal seeds give equal models."""
         torch.manual_seed(self.seed)
         return self.recipe.model.build(self.data.schema)
+
+    def _fresh(self, plan: SizePlan) -> nn.Module:
+        """Build the recipe's model as the plan wants it, nothing of it trained."""
+        model = apply(self._build(), plan)
+        if self._train.fused:
+            for module in list(model.modules()):
+                if isinstance(module, CompactEmbeddingBagCollection) and module.chunks is not None:
+                    module.fuse(fused_params(self._train.fused))
+        return model
 
     def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """Return the loop's optimizer; fused tables are not its concern, and it leaves them alone."""

@@ -16,6 +16,7 @@ from embsearch_plugin.plan import TablePlan
 from embsearch_plugin.supernet.forms import Form
 
 BUILTIN = (
+    "embsearch_plugin.algorithms.autodim",
     "embsearch_plugin.algorithms.dnis",
     "embsearch_plugin.algorithms.grid",
     "embsearch_plugin.algorithms.magnitude",
@@ -23,6 +24,7 @@ BUILTIN = (
     "embsearch_plugin.algorithms.random",
     "embsearch_plugin.algorithms.spectral",
     "embsearch_plugin.algorithms.nis",
+    "embsearch_plugin.algorithms.sam",
     "embsearch_plugin.algorithms.uniform",
     "embsearch_adapters.torchrec_ebc",
 )

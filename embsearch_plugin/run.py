@@ -199,7 +199,7 @@ class Matrix:
     def _allocations(self, method: str, budget: str) -> list[Place]:
         config = self.recipe.search.methods[method]
         try:
-            tried = config.candidates(self._tables, Budget.of(budget), config.space(self.recipe.search.space))
+            tried = config.allocations(self._tables, Budget.of(budget), config.space(self.recipe.search.space))
         except BudgetError:
             tried = [config]  # its search raises the error again, and the cell says why it is infeasible
         own = settings(config)

@@ -4,7 +4,7 @@ What the papers compare their searches with, and what a user does who has the ti
 dims that it holds are tried, and a small one may win.
 
 In a session of its own it is :class:`Uniform` with the largest dim of the grid that fits. A loop that searches the grid
-trains a model for each ``config.candidates(...)``, as ``embsearch run`` does.
+trains a model for each ``config.allocations(...)``, as ``embsearch run`` does.
 """
 
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ class Grid(AlgorithmConfig):
         """Sizes are known before any training."""
         return False
 
-    def candidates(self, tables: Sequence[Table], budget: Budget, space: SearchSpace) -> Sequence[AlgorithmConfig]:
+    def allocations(self, tables: Sequence[Table], budget: Budget, space: SearchSpace) -> Sequence[AlgorithmConfig]:
         """Return a uniform dim for each of the grid that is within the budget and the widest table.
 
         Raises:

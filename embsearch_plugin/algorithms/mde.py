@@ -65,7 +65,7 @@ class Mde(AlgorithmConfig):
         """Sizes are known before any training."""
         return False
 
-    def candidates(self, tables: Sequence[Table], budget: Budget, space: SearchSpace) -> Sequence[AlgorithmConfig]:
+    def allocations(self, tables: Sequence[Table], budget: Budget, space: SearchSpace) -> Sequence[AlgorithmConfig]:
         """Return a config for each temperature and number of blocks, as far as the space tells them apart."""
         counts = dict.fromkeys(min(count, len(space.shares)) for count in self._tried_counts)
         return [replace(self, temperature=alpha, blocks=k) for alpha, k in product(self._tried_temperatures, counts)]

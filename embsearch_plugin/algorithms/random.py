@@ -64,7 +64,7 @@ class Random(AlgorithmConfig):
         """Sizes are known before any training."""
         return False
 
-    def candidates(self, tables: Sequence[Table], budget: Budget, space: SearchSpace) -> Sequence[AlgorithmConfig]:
+    def allocations(self, tables: Sequence[Table], budget: Budget, space: SearchSpace) -> Sequence[AlgorithmConfig]:
         """Return a config for each draw."""
         return [replace(self, draw=draw) for draw in range(self.draws)] if self.draw is None else [self]
 

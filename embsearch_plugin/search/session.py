@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import pluggy
@@ -23,6 +24,7 @@ from embsearch_plugin.hookspecs import PROJECT, SessionHooks
 from embsearch_plugin.optimizers import check_hook_fires
 from embsearch_plugin.plan import SizePlan, mismatch
 from embsearch_plugin.plugins import manager
+from embsearch_plugin.randomness import private_random
 from embsearch_plugin.search.objective import Objective, Outcome, move, outcome_of, train_task, untouched
 from embsearch_plugin.search.ranking import Frequencies, Ranking
 from embsearch_plugin.search.second_order import after_weight_step
@@ -66,9 +68,10 @@ class Session:
         self._observers = [o for some in manager().hook.embsearch_register_observers(session=self) for o in some]
         self._plugins = _plugins_of(self.algorithm, self._observers)  # before the model is touched: it may fail
         # None once the search is over
-        self._searched: SearchedTables | None = SearchedTables(
-            model, self.space, fused, algorithm.form, folds_gates=algorithm.folds_gates
-        )
+        self._searched: SearchedTables | None
+        form = partial(algorithm.form, space=self.space)
+        with private_random(seed):  # of which forms draw their parameters
+            self._searched = SearchedTables(model, self.space, fused, form, folds_gates=algorithm.folds_gates)
         self._ranking = Ranking(self._tables, self.space, frequencies, self._run_to_count)
         model.__dict__[ATTRIBUTE] = self
         self._pre_hook = model.register_forward_pre_hook(_before_forward, with_kwargs=True)
@@ -306,12 +309,11 @@ class Session:
     def _on_first_usable(self, next_batch: Callable[[], Any], tries: int = 1000) -> Mapping[str, float]:
         """Take a search step on the first batch with enough examples (two, where the model has batch norm)."""
         smallest = 2 if _has_batch_norm(self.model) else 1
-        for supernet in self._tables.supernets:
-            supernet.smallest_batch = smallest
         for _ in range(tries):
             batch = move(next_batch(), self._tables.device)
             try:
-                metrics = self._plugins.hook.embsearch_search_step(session=self, step=self.step_count, batch=batch)
+                with self._tables.at_least(smallest):
+                    metrics = self._plugins.hook.embsearch_search_step(session=self, step=self.step_count, batch=batch)
                 return cast(Mapping[str, float], metrics)
             except TooSmallBatch:
                 log.info("skipped a validation batch of fewer than %d examples", smallest)

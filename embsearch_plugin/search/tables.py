@@ -133,6 +133,17 @@ class SearchedTables:
             yield
 
     @contextmanager
+    def at_least(self, examples: int) -> Iterator[None]:
+        """Within it, searching on a batch of fewer examples raises ``TooSmallBatch``."""
+        for supernet in self.supernets:
+            supernet.smallest_batch = examples
+        try:
+            yield
+        finally:
+            for supernet in self.supernets:
+                supernet.smallest_batch = 1
+
+    @contextmanager
     def capturing(self) -> Iterator[list[Captured]]:
         """Within it, the collections' outputs are leaves of the graph, and are added to the list."""
         captured: list[Captured] = []

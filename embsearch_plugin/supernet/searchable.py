@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from math import gcd, prod
 from typing import Any
 
@@ -79,7 +80,7 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         super().__init__()
         self.inner = inner
         self.tables = tuple(tables)
-        self.forms = nn.ModuleList(forms)
+        self.forms = nn.ModuleList(forms).to(self.device)
         self.weighs = any(form.weighs for form in forms)
         self._configs = list(configs)
         self._weighted: bool = inner.is_weighted()
@@ -98,7 +99,7 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self._gates: list[Tensor] = []
         self._blocks: list[Tensor] = []
         if self.weighs:
-            self._gates = [torch.full((1, form.n_gates), 1 / form.n_gates) for form in forms]
+            self._gates = [torch.full((1, form.n_gates), 1 / form.n_gates, device=self.device) for form in forms]
         self.next_gates: list[Tensor] | None = None  # of training forwards, in place of the gates; may carry a graph
         self._candidates: list[Tensor] | None = None  # gates of a search step, in place of either
         self._used: list[Tensor] = []  # the gates of the forward that is running
@@ -258,17 +259,26 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
 
     def _formed(self, values: Tensor) -> Tensor:
         """Let every table's form make its output: (B, sum of dims)."""
-        parts = values.split([slot.dim for slot in self.slots], 1)
-        return torch.cat([self._form(slot, part) for slot, part in zip(self.slots, parts, strict=True)], 1)
+        forms: list[Form] = list(self.forms)  # type: ignore[arg-type]
+        gates = self._used if self.weighs else []
+        if len(self.slots) == len(forms) and not any(gate.dim() == 3 for gate in gates):
+            made = forms[0].together(forms, values, gates)
+            if made is not None:
+                return made
+        widths = [sum(slot.dim for slot in slots) for _, slots in groupby(self.slots, key=lambda slot: slot.table)]
+        return torch.cat([self._form(table, part) for table, part in enumerate(values.split(widths, 1))], 1)
 
-    def _form(self, slot: Slot, pooled: Tensor) -> Tensor:
-        form: Form = self.forms[slot.table]  # type: ignore[assignment]
+    def _form(self, table: int, pooled: Tensor) -> Tensor:
+        """Let a table's form make its output of what is pooled, (B, features x W): all its bags at once."""
+        form: Form = self.forms[table]  # type: ignore[assignment]
+        bags = pooled.reshape(-1, form.width)
         if not self.weighs:
-            return form(pooled)
-        gates = self._used[slot.table]
+            return form(bags).reshape(len(pooled), -1)
+        gates = self._used[table]
         if gates.dim() == 3:
             gates = gates[:, 0].index_select(0, self._groups(len(pooled), len(gates)))
-        return form(pooled, gates)
+            gates = gates.repeat_interleave(len(bags) // len(pooled), 0)
+        return form(bags, gates).reshape(len(pooled), -1)
 
     def _groups(self, batch: int, n_groups: int) -> Tensor:
         """Return the group of each example, (B,)."""

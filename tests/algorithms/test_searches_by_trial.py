@@ -29,17 +29,17 @@ def allocated(config: object, world: str = "one id", **options: object) -> Sessi
 
 def test_a_method_without_candidates_tries_itself_alone() -> None:
     for config in (es.Uniform(), es.Magnitude(), es.Dnis()):
-        assert list(config.candidates(SPECS, es.Budget.of("10%"), SPACE)) == [config]
+        assert list(config.allocations(SPECS, es.Budget.of("10%"), SPACE)) == [config]
 
 
 @pytest.mark.parametrize("name", sorted(algorithms()))
 def test_a_candidate_has_no_candidates_but_itself_and_is_found_again(name: str) -> None:
     budget = es.Budget.of("60%")
-    tried = algorithms()[name]().candidates(SPECS, budget, SPACE)
+    tried = algorithms()[name]().allocations(SPECS, budget, SPACE)
     assert len({repr(config) for config in tried}) == len(tried) >= 1
-    assert list(algorithms()[name]().candidates(SPECS, budget, SPACE)) == list(tried)
+    assert list(algorithms()[name]().allocations(SPECS, budget, SPACE)) == list(tried)
     for config in tried:
-        assert list(config.candidates(SPECS, budget, SPACE)) == [config]
+        assert list(config.allocations(SPECS, budget, SPACE)) == [config]
 
 
 # Grid.
@@ -50,7 +50,7 @@ def test_a_grid_tries_its_dims_within_the_budget_and_the_widest_table(budget: in
     grid = es.Grid(dims=(1, 2, 5, 8, 12, 13, 40))
     cost = {dim: sum(4 * spec.rows * min(dim, spec.dim) for spec in SPECS) for dim in grid.dims}
     limit = sum(spec.size_bytes for spec in SPECS) * budget // 100
-    tried = grid.candidates(SPECS, es.Budget(share=f"{budget}%"), SPACE)
+    tried = grid.allocations(SPECS, es.Budget(share=f"{budget}%"), SPACE)
     assert tried == [es.Uniform(dim=dim) for dim in grid.dims if cost[dim] <= limit and dim <= 12]
 
 
@@ -65,7 +65,7 @@ def test_a_session_of_a_grid_takes_the_largest_dim_that_fits() -> None:
 def test_a_grid_of_which_nothing_fits_says_so() -> None:
     for dims, budget in (((4, 8), "20%"), ((16,), "100%")):
         with pytest.raises(BudgetError, match=r"no uniform dim fits .*\n.*raise the budget .* smaller dims \(the grid has"):
-            es.Grid(dims=dims).candidates(SPECS, es.Budget.of(budget), SPACE)
+            es.Grid(dims=dims).allocations(SPECS, es.Budget.of(budget), SPACE)
 
 
 # Uniform.
@@ -114,7 +114,7 @@ def test_one_sequence_is_drawn_for_blocks_over_all_tables() -> None:
 
 
 def test_random_search_tries_its_draws() -> None:
-    assert es.Random(draws=3).candidates(SPECS, es.Budget.of("10%"), SPACE) == [es.Random(draws=3, draw=n) for n in range(3)]
+    assert es.Random(draws=3).allocations(SPECS, es.Budget.of("10%"), SPACE) == [es.Random(draws=3, draw=n) for n in range(3)]
     assert dims_of(allocated(es.Random(warm_up=1))) == dims_of(allocated(es.Random(warm_up=1, draw=0)))
 
 
@@ -157,10 +157,10 @@ def test_a_temperature_of_zero_is_uniform_and_a_higher_one_gives_frequent_rows_m
 
 def test_sixteen_settings_as_far_as_the_space_tells_them_apart() -> None:
     budget = es.Budget.of("10%")
-    assert len(es.Mde().candidates(SPECS, budget, es.SearchSpace(row_blocks=8))) == 16
-    tried = es.Mde().candidates(SPECS, budget, SPACE)
+    assert len(es.Mde().allocations(SPECS, budget, es.SearchSpace(row_blocks=8))) == 16
+    tried = es.Mde().allocations(SPECS, budget, SPACE)
     assert [(c.temperature, c.blocks) for c in tried] == [(a, k) for a in (0.2, 0.4, 0.6, 0.8) for k in (1, 2, 3)]
-    assert len(es.Mde(temperature=0.5).candidates(SPECS, budget, SPACE)) == 3
+    assert len(es.Mde(temperature=0.5).allocations(SPECS, budget, SPACE)) == 3
 
 
 @pytest.mark.parametrize(
@@ -191,6 +191,6 @@ def test_settings_that_make_no_sense_are_refused(make: Callable[[], object], mes
 
 def test_one_draw_in_a_loop_of_ones_own() -> None:
     """What the documentation says of a loop that searches by itself: a session per candidate."""
-    tried = es.Random(draws=3, warm_up=1).candidates(SPECS, es.Budget.of("50%"), SPACE)
+    tried = es.Random(draws=3, warm_up=1).allocations(SPECS, es.Budget.of("50%"), SPACE)
     plans = [searched(PLAIN, steps=4, algorithm=config, budget="50%", space=SPACE)[1].derive() for config in tried]
     assert len({str(plan) for plan in plans}) == 3

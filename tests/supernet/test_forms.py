@@ -39,7 +39,7 @@ class Toy(AlgorithmConfig):
     name: ClassVar[str] = "toy"
     halves: bool = False
 
-    def form(self, table: Table) -> Form:
+    def form(self, table: Table, space: es.SearchSpace) -> Form:
         return Halves(table.dim) if self.halves else Projection(table.dim)
 
     def build(self) -> "ToySearch":
