@@ -77,6 +77,7 @@ def test_fields_labels_and_bags_are_those_of_the_files(tmp_path: Path) -> None:
         "lyricist": (2, True),
     }
     assert data.schema.dense == ()
+    assert data.schema.items == ("song", "artist_name", "composer", "lyricist")
     assert data.labels.tolist() == [1, 0, 1, 0]
     assert bags(data, "user") == [[1], [0], [0], [2]]
     assert bags(data, "song") == [[0], [1], [0], [2]]

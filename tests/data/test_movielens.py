@@ -99,9 +99,12 @@ def test_a_split_by_time_tests_on_the_latest_ratings(tmp_path: Path) -> None:
     write_sample(tmp_path, users=20, movies=10, ratings=100)
     lines = (tmp_path / "ratings.dat").read_text().splitlines(keepends=True)
     (tmp_path / "ratings.dat").write_text("".join(reversed(lines)))
-    splits = MovieLens1M(str(tmp_path), split_by="time").load().splits
-    assert splits["train"].tolist() == list(range(99, 19, -1))
-    assert splits["test"].tolist() == list(range(9, -1, -1))
+    for task in ("click", "rating"):
+        splits = MovieLens1M(str(tmp_path), split_by="time", task=task).load().splits
+        assert splits["train"].tolist() == list(range(99, 19, -1))
+        assert splits["test"].tolist() == list(range(9, -1, -1))
+    with pytest.raises(ValueError, match="split_by must be random for the task top-k"):
+        MovieLens1M(str(tmp_path), split_by="time", task="top-k")
 
 
 def test_a_split_by_time_needs_every_time(tmp_path: Path) -> None:

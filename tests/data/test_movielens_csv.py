@@ -60,6 +60,7 @@ def test_genres_are_bags_where_there_is_a_file_of_movies(tmp_path: Path) -> None
     data = MovieLensCsv(write(tmp_path, movies=MOVIES), **ALL).load()
     field = data.schema.fields[-1]
     assert (field.name, field.rows, field.multiple) == ("genres", 3, True)
+    assert data.schema.items == ("movie", "genres")
     batch = next(iter(data.batches("train", 5)))
     genres = batch.sparse_features["genres"]
     order = data.splits["train"].tolist()

@@ -3,10 +3,10 @@ from torchrec.modules.embedding_configs import PoolingType
 
 from embsearch_plugin.data.bags import Bags
 from embsearch_plugin.data.dataset import Field, Schema, TabularDataset
-from embsearch_plugin.models import DeepFm, Dlrm
+from embsearch_plugin.models import DeepFm, Dlrm, NeuMf
 from embsearch_plugin.models.common import collection_for
 
-SCHEMA = Schema((Field("user", 4), Field("composer", 6, multiple=True)), ())
+SCHEMA = Schema((Field("user", 4), Field("composer", 6, multiple=True)), (), ("composer",))
 
 
 def data() -> TabularDataset:
@@ -28,7 +28,7 @@ def test_several_values_are_averaged_and_none_are_zero() -> None:
 
 def test_models_are_built_for_data_without_dense_numbers() -> None:
     batch = next(iter(data().batches("train", 3)))
-    for config in (Dlrm(embedding_dim=4), DeepFm(embedding_dim=4)):
+    for config in (Dlrm(embedding_dim=4), DeepFm(embedding_dim=4), NeuMf(embedding_dim=4)):
         loss, (_, logits, _) = config.build(SCHEMA)(batch)
         loss.backward()
         assert logits.shape == (3,)
