@@ -115,7 +115,7 @@ class _Growing:
 
 
 def _cost(tables: Sequence["SearchTable"], dims: Dims, unit: str, remaps: bool = True) -> int:
-    """Return what an allocation costs, with a remap for each table of several dims."""
+    """Return what an allocation costs at most, with a remap for each table of several dims, whatever its rows' order."""
     total = 0
     for table, chosen in zip(tables, dims, strict=True):
         kept = [(rows, dim) for rows, dim in zip(table.blocks.sizes, chosen, strict=True) if rows]
