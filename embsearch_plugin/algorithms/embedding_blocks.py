@@ -26,8 +26,8 @@ Mode = Literal["se", "me"]
 def menu(n_rows: int, n_chunks: int, mode: Mode) -> Tensor:
     """Return what a controller chooses among for a table of S x T blocks: int64 (choices, arms, T), heights.
 
-    The table's heights are the sum of those of the chosen arms; arm 0 is nothing. ``"se"``: one choice among (0, 0) and the
-    S x T pairs (s, t). ``"me"``: T choices, each of an s from 0 to S for one chunk.
+    The table's heights are the sum of those of the chosen arms. The first arm is nothing, the last everything. ``"se"``: one
+    choice among (0, 0) and the S x T pairs (s, t). ``"me"``: T choices, each of an s from 0 to S for one chunk.
     """
     if mode == "me":
         return torch.arange(n_rows + 1)[:, None] * torch.eye(n_chunks, dtype=torch.int64)[:, None]
@@ -72,7 +72,10 @@ class EmbeddingBlocks:
         return self.spec.dtype.itemsize if unit == "bytes" else 1
 
     def ways(self, arms: Tensor, worth: Tensor, unit: str) -> list[TableOptions]:
-        """Offer every arm of every choice: where all rows are kept or none, the table needs no remap; otherwise it pays one.
+        """Offer every arm of every choice, in the ways in which a table can be stored.
+
+        One that keeps nothing is free, and one that keeps everything is stored projected. Others pay their rows of the
+        projection, and a remap besides, unless each chunk keeps all rows or none.
 
         Args:
             arms: (choices, arms, T), the menu.
@@ -85,8 +88,9 @@ class EmbeddingBlocks:
         ]
         whole = ((arms == 0) | (arms == len(self.rows))).all(-1).tolist()
         unmapped = tuple(tuple(o for o in each if keep[o.dim]) for each, keep in zip(options, whole, strict=True))
-        nothing = Option(0, 0, float(worth[:, 0].sum()))
-        ways = [TableOptions(str(self.spec), (nothing,), unmapped)]
+        last, size = arms.shape[1] - 1, self.spec.n_params * self.weight_size(unit)
+        ends = Option(0, 0, float(worth[:, 0].sum())), Option(last, size, float(worth[:, last].sum()))
+        ways = [TableOptions(str(self.spec), ends, unmapped)]
         if len(self.rows) > 1:
             remap = remap_bytes(self.spec) if unit == "bytes" else 0
             ways.append(TableOptions(str(self.spec), (), tuple(map(tuple, options)), remap))
@@ -99,10 +103,14 @@ class EmbeddingBlocks:
         return self.n_weights(heights) * self.weight_size(unit) + columns * projected
 
     def plan(self, heights: Tensor, blocks: RowBlocks) -> TablePlan:
-        """Return the plan that keeps what takes part, (T,): chunks of many rows first, then the projection."""
+        """Return the plan that keeps what takes part, (T,): chunks of many rows first, then the projection.
+
+        What keeps everything needs no projection: its rows are stored projected.
+        """
         dims = (self.kept(heights) * torch.tensor(self.widths)).sum(1).tolist()
         rows = [blocks.rows_of(block) for block in range(len(self.rows))]
-        return TablePlan.nested(self.spec, dims, rows, list(self._columns(heights)), projection=True)
+        whole = bool((heights == len(self.rows)).all())
+        return TablePlan.nested(self.spec, dims, rows, list(self._columns(heights)), projection=not whole)
 
     def _columns(self, heights: Tensor) -> Iterator[int]:
         """Yield the columns, chunk by chunk, by falling height: every block then keeps the first of them."""

@@ -15,7 +15,7 @@ Differences from the paper:
     * Projections start as the identity, so that a search starts as the model would without it. How the paper draws them it
       does not say (A.2.1: "all weights, including hidden layer weights and embedding matrices", Gaussian).
     * C and B are bytes or parameters, as the session's budget is. C is the blocks' weights alone, as there. A derived plan
-      pays for projections and remaps too.
+      pays for projections and remaps too; a table that is kept whole is stored projected, and has no projection.
     * Advantage actor-critic in step: A3C without its asynchronous workers. Processes that train together average their
       gradients. There is no entropy bonus; the paper mentions none.
     * How the baseline uses "the choices that have already been made" is not said; see
@@ -46,7 +46,7 @@ from embsearch_plugin.algorithms.quality import Quality, number, one_class, qual
 from embsearch_plugin.algorithms.scoring import losses
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import Table
-from embsearch_plugin.compact.fold import UNFOLDED, Fold
+from embsearch_plugin.compact.fold import Fold
 from embsearch_plugin.errors import NonFiniteLoss
 from embsearch_plugin.hookspecs import hookimpl
 from embsearch_plugin.plan import SizePlan, TablePlan
@@ -176,7 +176,7 @@ class NisSearch:
 
     @hookimpl
     def embsearch_fold(self, session: "Session", plan: SizePlan) -> Sequence[Fold]:
-        """Return the projections' rows in the order of the plans' columns."""
+        """Say where the projections went."""
         return [_fold(session.form(index), table) for index, table in enumerate(plan.tables)]
 
     def _choices(self, session: "Session") -> BlockChoices:
@@ -229,10 +229,12 @@ class NisSearch:
 
 
 def _fold(form: Form, plan: TablePlan) -> Fold:
+    """Return the projection's rows in the order of the plan's columns; without one, it is multiplied into the table's rows."""
     assert isinstance(form, Projection)
+    projection = form.weight.detach()
     if not plan.projection:
-        return UNFOLDED
-    return Fold(projection=form.weight.detach()[list(plan.columns or range(plan.table.dim))])
+        return Fold(rotation=projection)
+    return Fold(projection=projection[list(plan.columns or range(plan.table.dim))])
 
 
 @hookimpl

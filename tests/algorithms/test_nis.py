@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from support import PLAIN, WORLDS, Task, relative_error, searched, task, train
 from torch import Tensor, nn
 from torchrec.datasets.utils import Batch
@@ -21,8 +22,8 @@ from embsearch_plugin.search.session import Session
 SPACE = es.SearchSpace(row_blocks=(0.1, 0.3, 0.6), column_chunks=(4, 4))
 
 
-def nis(world: str = "one id", steps: int = 12, **settings: Any) -> tuple[Task, Session, Any]:
-    return searched(WORLDS[world], steps, algorithm=es.Nis(**{"warm_up": 2, **settings}), space=SPACE)
+def nis(world: str = "one id", steps: int = 12, fused: Any = None, **settings: Any) -> tuple[Task, Session, Any]:
+    return searched(WORLDS[world], steps, algorithm=es.Nis(**{"warm_up": 2, **settings}), space=SPACE, fused=fused)
 
 
 def blocks(rows: tuple[int, ...] = (10, 20, 30), widths: tuple[int, ...] = (2, 3, 1)) -> EmbeddingBlocks:
@@ -278,6 +279,24 @@ def test_the_papers_rule_takes_the_most_likely_choice_and_may_overshoot() -> Non
     with torch.no_grad():
         controller.logits.zero_()[:, 0] = 5.0
     assert session.derive(strict=False).size_bytes == 0
+
+
+@pytest.mark.parametrize("fused", [None, {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "learning_rate": 0.1}])
+@pytest.mark.parametrize("mode", ["se", "me"])
+def test_a_table_that_is_kept_whole_is_stored_projected_and_needs_no_projection(mode: str, fused: Any) -> None:
+    model, session, optimizer = nis("bags", mode=mode, fused=fused)
+    choices = BlockChoices.of(session, mode)
+    everything = choices.heights(torch.tensor(choices.arms) - 1)
+    with torch.no_grad():
+        session.algorithm.controller.logits[torch.arange(len(choices.arms)), torch.tensor(choices.arms) - 1] = 9.0
+    session.set_gates(choices.gates(everything))
+    features = WORLDS["bags"].features(50, seed=3)
+    expected = model.eval().collection(features).values()
+    plan = session.derive(strict=False)
+    assert plan.size_bytes == session.original_bytes
+    session.compact(plan)
+    assert relative_error(model.collection(features).values(), expected) <= 1e-5
+    train(model, optimizer, [WORLDS["bags"].batch(seed=3)])
 
 
 class Additive(nn.Module):
