@@ -24,6 +24,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from embsearch_plugin.algorithms.base import AlgorithmConfig
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.cells import CHECKPOINTS, DENSE, DENSE_MODEL, Cells, Place, Row
 from embsearch_plugin.collection import Table
@@ -202,9 +203,7 @@ class Matrix:
             tried = config.allocations(self._tables, Budget.of(budget), config.space(self.recipe.search.space))
         except BudgetError:
             tried = [config]  # its search raises the error again, and the cell says why it is infeasible
-        own = settings(config)
-        named = {", ".join(text for text in settings(each) if text not in own): each for each in tried}
-        return [Place(method, budget, name, each) for name, each in named.items()]
+        return [Place(method, budget, _told_apart(each, config), each) for each in tried]
 
     def _finished(self) -> Iterator[tuple[Cells, Place]]:
         """Yield every cell that was trained, result by result."""
@@ -223,6 +222,12 @@ class Matrix:
         """Return the validation loss that trials are compared by; infeasible cells come last."""
         loss = self.data.schema.task.loss.of(row["validation"])
         return math.inf if loss is None else loss
+
+
+def _told_apart(allocation: AlgorithmConfig, method: AlgorithmConfig) -> str:
+    """Name an allocation by what is not the method's own: another algorithm, other settings. The method itself has no name."""
+    other = [allocation.name] if allocation.name != method.name else []
+    return ", ".join([*other, *(text for text in settings(allocation) if text not in settings(method))])
 
 
 def check_folder(recipe: Recipe, folder: Path, resume: bool) -> None:

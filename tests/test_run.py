@@ -202,7 +202,7 @@ def test_of_several_allocations_the_best_on_validation_is_kept_and_used_for_the_
     metrics = run(small(search, {"epochs": 1}, tune=Tune(lr=(0.001, 0.01)), seeds=(0, 1)), tmp_path)
     tried = {"random": ["draw=0", "draw=1", "draw=2"], "uniform": [""]}
     for budget in ("50%", "12.5%"):
-        tried["grid"] = ["dim=1", "dim=2", "dim=4"] if budget == "50%" else ["dim=1"]
+        tried["grid"] = ["uniform, dim=1", "uniform, dim=2", "uniform, dim=4"] if budget == "50%" else ["uniform, dim=1"]
         for method, allocations in tried.items():
             cells = by_place(metrics, method=method, budget=budget)
             first = [cell for cell in cells if cell["seed"] == 0]

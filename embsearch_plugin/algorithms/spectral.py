@@ -14,6 +14,9 @@ Fine-tuning is the training that goes on after ``compact``.
 
 Nothing is done while the model trains: all of it happens in ``derive`` and ``compact``, on a few validation batches.
 
+A budget is a ceiling. Where the past says little of what comes, a dense model fits too much of it, and so does what is cut from
+it. So in a run (``embsearch run``) a few tiny uniform dims, trained from scratch, are its rivals, and validation decides.
+
 Related: low-rank factorization weighted by the Fisher information (Hsu et al., 2022), there with one weight per row of a matrix
 and the same rank for all its rows.
 """
@@ -27,7 +30,9 @@ import torch
 from torch import Tensor
 
 from embsearch_plugin.algorithms.base import AlgorithmConfig
+from embsearch_plugin.algorithms.uniform import Uniform, fitting_dims
 from embsearch_plugin.budget import Budget, Option, TableOptions, allocate_among
+from embsearch_plugin.collection import Table
 from embsearch_plugin.compact.fold import UNFOLDED, Fold
 from embsearch_plugin.hookspecs import hookimpl
 from embsearch_plugin.plan import SizePlan, TablePlan, placement_bytes, projected_column_bytes, remap_bytes
@@ -46,6 +51,7 @@ class Spectral(AlgorithmConfig):
         batches: validation batches that G is estimated from; a few thousand examples are enough.
         floor: eigenvalues of G below this share of the largest count as that; it is inverted.
         tolerance: the share of each row block's worth that may be lost where no budget is kept (``derive(strict=False)``).
+        rivals: the uniform dims that a run trains beside it, as far as they fit the budget; a session of one's own has none.
     """
 
     name: ClassVar[str] = "spectral"
@@ -54,6 +60,7 @@ class Spectral(AlgorithmConfig):
     batches: int = 16
     floor: float = 1e-2
     tolerance: float = 0.01
+    rivals: tuple[int, ...] = (1, 2, 4)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,11 +69,18 @@ class Spectral(AlgorithmConfig):
                 "batches must be at least 1, floor in (0, 1] and tolerance in [0, 1); got "
                 f"{self.batches}, {self.floor} and {self.tolerance}"
             )
+        if any(dim < 1 for dim in self.rivals) or len(set(self.rivals)) < len(self.rivals):
+            raise ValueError(f"rivals must be positive dims, no one twice; got {list(self.rivals)}")
 
     @property
     def trains(self) -> bool:
         """It needs the trained model only."""
         return False
+
+    def allocations(self, tables: Sequence[Table], budget: Budget, space: SearchSpace) -> Sequence[AlgorithmConfig]:
+        """Return the method itself and its rivals: multiples of the space's ``align`` that fit the budget."""
+        dims = [dim for dim in self.rivals if dim % space.align == 0]
+        return [self, *(Uniform(dim=dim) for dim in fitting_dims(tables, budget, dims))]
 
     def build(self) -> "SpectralSearch":
         """Return the algorithm of one session."""

@@ -27,19 +27,29 @@ def allocated(config: object, world: str = "one id", **options: object) -> Sessi
     return searched(WORLDS[world], steps=4, algorithm=config, **options)[1]
 
 
-def test_a_method_without_candidates_tries_itself_alone() -> None:
+def test_a_method_of_one_allocation_tries_itself_alone() -> None:
     for config in (es.Uniform(), es.Magnitude(), es.Dnis()):
         assert list(config.allocations(SPECS, es.Budget.of("10%"), SPACE)) == [config]
 
 
 @pytest.mark.parametrize("name", sorted(algorithms()))
-def test_a_candidate_has_no_candidates_but_itself_and_is_found_again(name: str) -> None:
+def test_an_allocation_is_among_its_own_and_is_found_again(name: str) -> None:
     budget = es.Budget.of("60%")
     tried = algorithms()[name]().allocations(SPECS, budget, SPACE)
     assert len({repr(config) for config in tried}) == len(tried) >= 1
     assert list(algorithms()[name]().allocations(SPECS, budget, SPACE)) == list(tried)
     for config in tried:
-        assert list(config.allocations(SPECS, budget, SPACE)) == [config]
+        assert config in config.allocations(SPECS, budget, SPACE)
+
+
+def test_spectral_has_tiny_uniform_dims_as_rivals() -> None:
+    ours = es.Spectral()
+    tried = ours.allocations(SPECS, es.Budget.of("60%"), es.SearchSpace(align=1))
+    assert list(tried) == [ours, es.Uniform(dim=1), es.Uniform(dim=2), es.Uniform(dim=4)]
+    assert ours.allocations(SPECS, es.Budget.of("60%"), es.SearchSpace()) == [ours, es.Uniform(dim=4)]
+    assert ours.allocations(SPECS, es.Budget.of("1%"), SPACE) == [ours]
+    with pytest.raises(ValueError, match="rivals must be positive dims, no one twice"):
+        es.Spectral(rivals=(2, 2))
 
 
 # Grid.
