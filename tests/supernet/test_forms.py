@@ -15,6 +15,7 @@ import embsearch_plugin as es
 from embsearch_plugin.algorithms.base import AlgorithmConfig
 from embsearch_plugin.collection import Table
 from embsearch_plugin.compact.fold import Fold
+from embsearch_plugin.errors import UnsupportedCollection
 from embsearch_plugin.fused import FusedEmbeddingBags
 from embsearch_plugin.plan import SizePlan, TablePlan
 from embsearch_plugin.search.session import Session
@@ -255,3 +256,10 @@ def test_a_validation_batch_of_one_example_can_be_scored_though_a_search_step_sk
     session.step(batch)
     model.eval()
     assert session.evaluate(one, session.gates).logits.shape == (1,)
+
+
+def test_a_model_on_the_meta_device_is_refused() -> None:
+    with torch.device("meta"):
+        model = task(PLAIN)
+    with pytest.raises(UnsupportedCollection, match="'collection' is on the meta device"):
+        es.prepare(model, algorithm=Toy())
