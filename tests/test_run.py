@@ -174,6 +174,21 @@ def test_trials_and_epochs_go_by_the_loss_of_the_task(task: str, loss: str, tmp_
             assert plan.n_params <= 6000
 
 
+@pytest.mark.parametrize("fused", [None, Fused("EXACT_ROWWISE_ADAGRAD", 0.05)])
+def test_a_method_that_retrains_starts_its_plan_from_scratch(fused: Fused | None, tmp_path: Path) -> None:
+    algorithm = es.AutoDim(candidates=(4, 8), every=2)
+    recipe = small({"algorithm": algorithm, "baselines": (), "budgets": ("80%",)}, {"fused": fused, "epochs": 2})
+    metrics = run(recipe, tmp_path)
+    (cell,) = by_place(metrics, method="autodim")
+    assert list(cell["stages"]) == ["search", "retrain"]
+    torch.manual_seed(recipe.seeds[0])
+    plan = es.SizePlan.load(tmp_path / cell["folder"] / "plan.json")
+    fresh = es.apply(recipe.model.build(DATA.load().schema), plan)
+    at_first = evaluate(fresh, DATA.load().batches("validation", recipe.train.batch_size))
+    assert cell["stages"]["retrain"][0]["log_loss"] == pytest.approx(at_first["log_loss"], abs=1e-6)
+    assert cell["validation"]["log_loss"] < at_first["log_loss"]
+
+
 def test_methods_that_share_a_name_are_told_apart_by_their_settings() -> None:
     methods = replace(small().search, baselines=(Uniform(), Magnitude(), ITERATIVE)).methods
     assert list(methods) == ["dnis", "uniform", "magnitude", "magnitude (warm_up=0, every=2, rounds=2)"]

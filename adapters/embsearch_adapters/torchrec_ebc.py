@@ -20,6 +20,7 @@ from embsearch_plugin.supernet.forms import Form
 from embsearch_plugin.supernet.searchable import SearchableEmbeddingBagCollection
 
 NAME = "torchrec_ebc"
+FUSED_MARKS = ("_optimizer_classes", "_optimizer_kwargs")  # of TorchRec's apply_optimizer_in_backward
 
 # Matched by name along the type's ancestry, so that nothing is imported just to be refused.
 REFUSED = {
@@ -119,6 +120,9 @@ def _of_widths(original: EmbeddingBagCollection, widths: Sequence[int]) -> Embed
     for old, new in zip(original.embedding_bags.values(), resized.embedding_bags.values(), strict=True):
         new.to(old.weight.dtype).weight.data.copy_(_columns(old.weight.detach(), new.weight.shape[1]))
         new.weight.requires_grad_(old.weight.requires_grad)
+        for mark in FUSED_MARKS:
+            if hasattr(old.weight, mark):
+                setattr(new.weight, mark, getattr(old.weight, mark))
         new.sparse = old.sparse
     return resized.train(original.training)
 

@@ -16,7 +16,7 @@ AutoDim-4      separate   linear
 
 Models that need one width, such as factorization machines, keep it: tables are padded to it outside the lookup. III.H advises
 against padding there, and to train a linear map per table with the network; that is ``transform="linear"``, whose plans have
-a projection, and plans are retrained with it.
+a projection and a bias, which are retrained with the table (from the identity and zero).
 
 Differences from the paper:
     * Candidates are transformed to the table's width D, where the paper has d_N, the largest candidate. The network is the

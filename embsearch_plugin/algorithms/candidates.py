@@ -6,7 +6,6 @@ Shapes: n bags, N candidates, W columns looked up, D the table's width.
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -112,16 +111,20 @@ class PaddedCandidates(CandidateForm):
     whether it is normed by itself or not. A column's weight is the sum of the gates of the candidates that read it.
     """
 
+    reads: Tensor
+    places: Tensor
+
     def __init__(self, dim: int, candidates: Sequence[Candidate]) -> None:
         super().__init__(dim, candidates)
         self.norm = BatchNorm(self.width)
-        reads = torch.zeros(len(candidates), self.width)  # which columns a candidate reads
-        for row, candidate in zip(reads, candidates, strict=True):
-            row[candidate.start : candidate.start + candidate.dim] = 1
-        self.reads: Tensor
-        self.register_buffer("reads", reads, persistent=False)
-        starts = sorted({candidate.start for candidate in candidates})
-        self.runs = [end - start for start, end in pairwise([*starts, self.width])]  # columns that lie side by side
+        reads, places = torch.zeros(len(candidates), self.width), torch.zeros(self.width, dim)
+        for number, candidate in enumerate(candidates):
+            columns = torch.arange(candidate.dim)
+            reads[number, candidate.start + columns] = 1
+            places[candidate.start + columns, columns] = 1
+        self.register_buffer("reads", reads, persistent=False)  # (N, W): which columns a candidate reads
+        self.register_buffer("places", places, persistent=False)  # (W, D): which column of the output a column is added to
+        self.in_place = torch.equal(places, torch.eye(dim))
 
     def forward(self, pooled: Tensor, gates: Tensor) -> Tensor:
         """Return the weighed sum (n, D) of what is pooled (n, W); gates are (1, N) or (n, N)."""
@@ -133,15 +136,17 @@ class PaddedCandidates(CandidateForm):
         padded = [form for form in forms if isinstance(form, PaddedCandidates)]
         weights = torch.cat([(gate @ form.reads)[0] for form, gate in zip(padded, gates, strict=True)])
         weighed = BatchNorm.together([form.norm for form in padded], pooled, weights)
-        if all(form.runs == [form.dim] for form in padded):
+        if all(form.in_place for form in padded):
             return weighed
         parts = weighed.split([form.width for form in padded], 1)
         return torch.cat([form._added(part) for form, part in zip(padded, parts, strict=True)], 1)
 
     def _added(self, weighed: Tensor) -> Tensor:
-        """Pad with zeros and add up what is weighed (n, W): (n, D)."""
-        padded = [F.pad(run, (0, self.dim - run.shape[1])) for run in weighed.split(self.runs, 1)]
-        return padded[0] if len(padded) == 1 else torch.stack(padded).sum(0)
+        """Pad with zeros and add up what is weighed (n, W): (n, D). One product is quicker than N paddings and sums."""
+        if self.in_place:
+            return weighed
+        with torch.autocast(weighed.device.type, enabled=False):  # nothing is to be rounded
+            return weighed @ self.places
 
     def fold(self, number: int) -> Fold:
         """The scale of batch norm goes into the weights, its shift into the bias; padded columns are zero."""

@@ -3,6 +3,9 @@
 It has AutoDim's supernet, and updates the candidates' weights, which can be viewed as attention scores, together with the
 model's on the same batch, by the same backward pass. The paper names this one difference, so the Gumbel noise (Eq. 6) stays.
 
+Alpha descends whatever the loop's loss holds: a penalty on what is looked up, too, which after batch norm is least for the
+smallest dims.
+
 Differences from the paper: those of :mod:`embsearch_plugin.algorithms.autodim`. To meet a budget, ``derive`` looks at
 validation batches, which the search does not learn from.
 """

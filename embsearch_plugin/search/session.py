@@ -307,14 +307,19 @@ class Session:
             self._started = True
 
     def _on_first_usable(self, next_batch: Callable[[], Any], tries: int = 1000) -> Mapping[str, float]:
-        """Take a search step on the first batch with enough examples (two, where the model has batch norm)."""
+        """Take a search step on the first batch with enough examples (two, where the model has batch norm).
+
+        No batch is drawn for an algorithm whose step takes none.
+        """
+        search_step = self._plugins.hook.embsearch_search_step
+        if not any("batch" in implementation.argnames for implementation in search_step.get_hookimpls()):
+            return cast(Mapping[str, float], search_step(session=self, step=self.step_count, batch=None))
         smallest = 2 if _has_batch_norm(self.model) else 1
         for _ in range(tries):
             batch = move(next_batch(), self._tables.device)
             try:
                 with self._tables.at_least(smallest):
-                    metrics = self._plugins.hook.embsearch_search_step(session=self, step=self.step_count, batch=batch)
-                return cast(Mapping[str, float], metrics)
+                    return cast(Mapping[str, float], search_step(session=self, step=self.step_count, batch=batch))
             except TooSmallBatch:
                 log.info("skipped a validation batch of fewer than %d examples", smallest)
         raise AttachError(f"a search step needs a validation batch of at least {smallest} examples; {tries} were smaller.")

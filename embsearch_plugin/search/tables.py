@@ -54,6 +54,8 @@ class SearchedTables:
             refuse_ties(model, found)
         self.specs: list[Table] = [table for found in self.found for table in found.tables]
         forms = [[made for table in found.tables if (made := form(table)) is not None] for found in self.found]
+        for found in self.found if any(forms) else ():
+            _refuse_meta(found)
         if fused is not None:
             check_fused_widths(self.specs, space)
         self.supernets = [
@@ -245,6 +247,14 @@ def refuse_ties(model: nn.Module, found: FoundCollection) -> None:
                 f"{name!r} is the same parameter as {owners[id(parameter)]!r} of {found.paths[0]!r}; with a compact table it "
                 "could not be.\n  Possible solution: give the two parameters of their own."
             )
+
+
+def _refuse_meta(found: FoundCollection) -> None:
+    if any(parameter.is_meta for parameter in found.module.parameters()):
+        raise UnsupportedCollection(
+            f"{found.paths[0]!r} is on the meta device, and what this algorithm adds to it could not be initialised there.\n"
+            "  Possible solution: build the model on a real device, or to_empty and initialise it, before it is prepared."
+        )
 
 
 def check_fused_widths(specs: Sequence[Table], space: SearchSpace) -> None:

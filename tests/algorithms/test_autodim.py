@@ -313,7 +313,7 @@ def by_hand(session: Session) -> Iterator[tuple[int, float, list[int]]]:
 
     def loss(numbers: list[int]) -> float:
         gates = [torch.eye(form.n_gates)[[number]] for form, number in zip(forms, numbers, strict=True)]
-        return sum(float(session.evaluate(batch, gates).loss) for batch in batches) / len(batches)
+        return sum(float(session.evaluate(batch, gates).loss.detach()) for batch in batches) / len(batches)
 
     table_losses = [[loss([*best[:t], n, *best[t + 1 :]]) for n in range(form.n_gates)] for t, form in enumerate(forms)]
     for numbers in product(*(range(form.n_gates) for form in forms)):
@@ -355,7 +355,7 @@ def test_scoring_is_in_evaluation_mode_and_leaves_every_modules_mode_alone() -> 
     model.eval()
     for (table, gates), loss in zip(alternatives, found, strict=True):
         mixed = [gates if number == table else gate for number, gate in enumerate(reference)]
-        expected = [float(session.evaluate(batch, mixed).loss) for batch in session.validation_batches(3)]
+        expected = [float(session.evaluate(batch, mixed).loss.detach()) for batch in session.validation_batches(3)]
         assert loss == pytest.approx(sum(expected) / len(expected), abs=1e-6)
 
 

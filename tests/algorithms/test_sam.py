@@ -1,6 +1,7 @@
 """SAM: the weights of candidates follow the gradient of the training batch, and of nothing else."""
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -27,16 +28,26 @@ def test_alpha_descends_the_training_loss_by_the_loops_own_backward() -> None:
     assert torch.equal(torch.cat(session.gates), search.alpha.detach())
 
 
-def test_validation_batches_teach_it_nothing() -> None:
-    vectors = []
-    for seed in (900, 950):
-        model, session, optimizer = sam(steps=0)
-        session.detach()
-        session.attach(optimizer, validation=[PLAIN.batch(seed=seed)])
-        train(model, optimizer, (PLAIN.batch(seed=i) for i in range(5)))
-        vectors.append(session.algorithm.vectors.detach())
-    assert torch.equal(*vectors)
-    assert float(vectors[0].abs().max()) > 0
+class Counted(list[Any]):
+    """A loader that counts its passes."""
+
+    passes = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.passes += 1
+        return super().__iter__()
+
+
+def test_validation_batches_teach_it_nothing_and_are_not_drawn() -> None:
+    model, session, optimizer = sam(steps=0)
+    session.detach()
+    loader = Counted([PLAIN.batch(seed=900)])
+    session.attach(optimizer, validation=loader)
+    train(model, optimizer, (PLAIN.batch(seed=i) for i in range(5)))
+    assert loader.passes == 0
+    assert float(session.algorithm.vectors.detach().abs().max()) > 0
+    session.derive("80%")
+    assert loader.passes == 1
 
 
 def test_gradients_of_one_weight_step_add_up_and_those_of_earlier_ones_are_dropped() -> None:

@@ -6,13 +6,17 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from support import PLAIN, WORLDS, World, default_optimizer, relative_error, stored_bytes, task, train
+from support import PLAIN, SUM, WORLDS, World, default_optimizer, relative_error, stored_bytes, task, train
 from torch import Tensor, nn
+from torchrec.optim import RowWiseAdagrad
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 import embsearch_plugin as es
 from embsearch_plugin.algorithms.base import AlgorithmConfig
 from embsearch_plugin.collection import Table
 from embsearch_plugin.compact.fold import Fold
+from embsearch_plugin.errors import UnsupportedCollection
+from embsearch_plugin.fused import FusedEmbeddingBags
 from embsearch_plugin.plan import SizePlan, TablePlan
 from embsearch_plugin.search.session import Session
 from embsearch_plugin.supernet.forms import Form, Projection
@@ -223,3 +227,39 @@ def test_an_optimizer_that_was_made_before_the_search_trains_the_forms() -> None
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     train(model, optimizer, (PLAIN.batch(seed=i) for i in range(4)))
     assert all(not torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("world", ["several features", "shared feature"])
+def test_weighed_gates_of_groups_reach_every_feature_of_a_table(world: str) -> None:
+    model, session, _ = toy(WORLDS[world], halves=True)
+    model.eval()
+    gates = [torch.rand(3, *gate.shape) for gate in session.gates]
+    batch = WORLDS[world].batch(20, seed=4)
+    got = session.evaluate(batch, gates, 2).logits
+    per_group = [session.evaluate(batch, [gate[number] for gate in gates]).logits for number in range(3)]
+    expected = torch.stack([per_group[(example // 2) % 3][example] for example in range(20)])
+    assert torch.allclose(got, expected, atol=1e-5)
+
+
+def test_tables_of_another_width_stay_marked_for_fused_kernels() -> None:
+    model = task(World((("t0", 50, 8, ("f0",), SUM),)))
+    apply_optimizer_in_backward(RowWiseAdagrad, model.collection.parameters(), {"lr": 0.1})
+    session = es.prepare(model, algorithm=es.AutoDim(candidates=(4,)))
+    assert session.form(0).width == 4
+    model.collection.fuse()
+    assert isinstance(model.collection.inner, FusedEmbeddingBags)
+
+
+def test_a_validation_batch_of_one_example_can_be_scored_though_a_search_step_skips_it() -> None:
+    model, session, _ = toy(PLAIN)
+    one, batch = PLAIN.batch(1, seed=1), PLAIN.batch(seed=2)
+    session.step(batch)
+    model.eval()
+    assert session.evaluate(one, session.gates).logits.shape == (1,)
+
+
+def test_a_model_on_the_meta_device_is_refused() -> None:
+    with torch.device("meta"):
+        model = task(PLAIN)
+    with pytest.raises(UnsupportedCollection, match="'collection' is on the meta device"):
+        es.prepare(model, algorithm=Toy())
