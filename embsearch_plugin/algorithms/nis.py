@@ -47,7 +47,7 @@ from embsearch_plugin.algorithms.scoring import losses
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import Table
 from embsearch_plugin.compact.fold import Fold
-from embsearch_plugin.errors import NonFiniteLoss
+from embsearch_plugin.errors import NonFiniteLoss, QualityError, SessionError
 from embsearch_plugin.hookspecs import hookimpl
 from embsearch_plugin.plan import SizePlan, TablePlan
 from embsearch_plugin.space import SearchSpace
@@ -188,6 +188,9 @@ class NisSearch:
         if not math.isfinite(loss):
             raise NonFiniteLoss(f"the validation loss must be a number; got {loss}. The controller is as before.")
         logits, labels, config = outcome.logits.detach(), outcome.labels.detach(), self.config
+        if logits.shape[:1] != labels.shape[:1]:
+            got = f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)}"
+            raise QualityError(f"the model must return logits and labels of the same examples; got {got}. Try objective=.")
         group = (torch.arange(len(logits), device=logits.device) // config.group) % self.groups
         measure, found = quality_of(config.quality), [math.nan] * self.groups
         for index in group.unique().tolist():
@@ -199,10 +202,11 @@ class NisSearch:
         return torch.tensor(found)
 
     def _summary(self, outcome: "Outcome", reward: Tensor, cost: Tensor) -> Mapping[str, float]:
-        if not len(reward):
-            log.warning("no group of a validation batch has both classes, so a step taught nothing; use a larger group=")
-            return {}
         assert self.controller is not None
+        if not len(reward):
+            if not self.controller.updates:
+                log.warning("no group of validation examples had both classes yet, so nothing is learned; use a larger group=")
+            return {}
         return {
             "loss": float(outcome.loss.detach()),
             "reward": float(reward.mean()),
@@ -214,6 +218,7 @@ class NisSearch:
     def state_dict(self) -> dict[str, Any]:
         """Return the controller, its generator, and what was seen of the batches."""
         return {
+            "mode": self.config.mode,
             "controller": None if self.controller is None else self.controller.state_dict(),
             "generator": self.generator.get_state(),
             "groups": self.groups,
@@ -221,7 +226,13 @@ class NisSearch:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state``."""
+        """Go on from ``state``.
+
+        Raises:
+            SessionError: where it is of the other mode.
+        """
+        if state["mode"] != self.config.mode:
+            raise SessionError(f"this state is of a search with mode={state['mode']!r}; this one has {self.config.mode!r}.")
         controller = state["controller"]
         self.controller = None if controller is None else Controller.from_state(controller, self.config.lr)
         self.generator.set_state(state["generator"].cpu())
