@@ -10,9 +10,15 @@ from typing import TYPE_CHECKING, Any
 from embsearch_plugin import stack
 
 if TYPE_CHECKING:
+    from embsearch_plugin.algorithms.autodim import AutoDim
     from embsearch_plugin.algorithms.dnis import Dnis
+    from embsearch_plugin.algorithms.grid import Grid
     from embsearch_plugin.algorithms.magnitude import Magnitude
+    from embsearch_plugin.algorithms.mde import Mde
     from embsearch_plugin.algorithms.nis import Nis
+    from embsearch_plugin.algorithms.random import Random
+    from embsearch_plugin.algorithms.sam import Sam
+    from embsearch_plugin.algorithms.spectral import Spectral
     from embsearch_plugin.algorithms.uniform import Uniform
     from embsearch_plugin.budget import Budget
     from embsearch_plugin.decorator import prepare, searchable, session
@@ -24,14 +30,20 @@ if TYPE_CHECKING:
     from embsearch_plugin.space import SearchSpace
 
 _HOMES = {
+    "AutoDim": "algorithms.autodim",
     "Budget": "budget",
     "Dnis": "algorithms.dnis",
     "EmbsearchError": "errors",
+    "Grid": "algorithms.grid",
     "Magnitude": "algorithms.magnitude",
+    "Mde": "algorithms.mde",
     "Nis": "algorithms.nis",
+    "Random": "algorithms.random",
+    "Sam": "algorithms.sam",
     "SearchSpace": "space",
     "Session": "search.session",
     "SizePlan": "plan",
+    "Spectral": "algorithms.spectral",
     "Uniform": "algorithms.uniform",
     "apply": "saving",
     "hookimpl": "hookspecs",
@@ -43,14 +55,20 @@ _HOMES = {
 }
 
 __all__ = [
+    "AutoDim",
     "Budget",
     "Dnis",
     "EmbsearchError",
+    "Grid",
     "Magnitude",
+    "Mde",
     "Nis",
+    "Random",
+    "Sam",
     "SearchSpace",
     "Session",
     "SizePlan",
+    "Spectral",
     "Uniform",
     "apply",
     "hookimpl",

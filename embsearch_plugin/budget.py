@@ -29,7 +29,10 @@ _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12} | 
     unit: 1024**power for power, unit in enumerate(("kib", "mib", "gib", "tib"), 1)
 }
 _NUMBER = r"([+-]?\d{1,30}(?:\.\d{1,30})?)"
-_HELP = 'Write "10%" (of the original tables\' weight bytes), es.Budget(bytes="2GiB") or es.Budget(params=390_000).'
+_HELP = (
+    'Write "10%" (of the original tables\' weight bytes), "2GiB" or "390000 params"; or es.Budget(bytes=...) or '
+    "es.Budget(params=...)."
+)
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,13 @@ class Budget:
 
     @classmethod
     def of(cls, budget: "Budget | str") -> "Budget":
-        """Return ``budget`` itself, or the budget that a text such as ``"10%"`` or ``"2GiB"`` stands for."""
+        """Return ``budget`` itself, or the one that a text such as ``"10%"``, ``"2GiB"`` or ``"390000 params"`` stands for."""
         if isinstance(budget, Budget):
             return budget
         if not isinstance(budget, str):
             raise BudgetError(f"a budget is a text or an es.Budget; got {budget!r}. {_HELP}")
+        if counted := re.fullmatch(r"\s*(\d{1,30})\s*params\s*", budget):
+            return cls(params=int(counted[1]))
         return cls(share=budget) if budget.strip().endswith("%") else cls(bytes=budget)
 
     @property

@@ -1,10 +1,11 @@
-"""The cells of a matrix of runs: one method's model at one budget, from one seed, with one trial's settings.
+"""The cells of a matrix of runs: one allocation of a method at one budget, from one seed, with one trial's settings.
 
 What several cells need is trained once and kept beside them: the dense model, and a search that serves every budget.
 
-    dense/                    the model as it is, trained to convergence
-    METHOD/                   the searched model's checkpoints and course, where one search serves every budget
-    METHOD/BUDGET/            the compact model, trained on: plan.json, model.safetensors, cell.json
+    dense/                          the model as it is, trained to convergence
+    METHOD/                         the searched model's checkpoints and course, where one search serves every budget
+    METHOD/BUDGET/                  the compact model, trained on or anew: plan.json, model.safetensors, cell.json
+    METHOD/ALLOCATION/...           the same for each allocation, where a method tries several
 
 A cell that is finished has a ``cell.json``, and is never trained again. One that was stopped goes on at its last epoch.
 """
@@ -22,7 +23,8 @@ from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import Tensor, nn
 
 from embsearch_plugin.algorithms.base import AlgorithmConfig
-from embsearch_plugin.data.dataset import Dataset
+from embsearch_plugin.compact.collection import CompactEmbeddingBagCollection
+from embsearch_plugin.data.dataset import Dataset, Split
 from embsearch_plugin.decorator import prepare
 from embsearch_plugin.errors import BudgetError, NonFiniteLoss, RunFolderError
 from embsearch_plugin.evaluation import evaluate
@@ -31,9 +33,10 @@ from embsearch_plugin.fused import FusedEmbeddingBags
 from embsearch_plugin.hookspecs import hookimpl
 from embsearch_plugin.plan import SizePlan
 from embsearch_plugin.plugins import find_collections
-from embsearch_plugin.recipes import Fused, Recipe, Train
-from embsearch_plugin.saving import PLAN, WEIGHTS, load, save
+from embsearch_plugin.recipes import OPTIMIZERS, Fused, Recipe, Train
+from embsearch_plugin.saving import PLAN, WEIGHTS, apply, load, save
 from embsearch_plugin.search.session import Session
+from embsearch_plugin.tasks import Score
 from embsearch_plugin.training import Epoch, Stage, Watcher, best_path, converge
 
 CELL, CHECKPOINTS, COURSE, DENSE, TEST = "cell.json", "checkpoints", "course.json", "dense", "test.json"
@@ -50,6 +53,29 @@ class Trained:
 
 
 Stages = dict[str, Trained]
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a cell is of.
+
+    Args:
+        method: the method's name.
+        budget: as the recipe writes it; None for the dense model.
+        allocation: what tells this allocation from the others that the method tries; empty where it tries one.
+        config: the algorithm that makes the allocation; None for the dense model.
+    """
+
+    method: str
+    budget: str | None = None
+    allocation: str = ""
+    config: AlgorithmConfig | None = field(default=None, compare=False)  # another package's may be one that cannot be hashed
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, [self.method, self.allocation, self.budget]))
+
+
+DENSE_MODEL = Place(DENSE)
 
 
 @dataclass(frozen=True)
@@ -76,35 +102,35 @@ class Cells:
     watcher: Watcher
     frequencies: Callable[[], Mapping[str, Tensor]]
 
-    def has(self, method: str, budget: str | None) -> bool:
-        """Whether a cell is finished; the dense model has no budget."""
-        return (self._folder_of(method, budget) / CELL).exists()
+    def has(self, place: Place) -> bool:
+        """Whether a cell is finished."""
+        return (self._folder_of(place) / CELL).exists()
 
-    def get(self, method: str, budget: str | None) -> Row:
+    def get(self, place: Place) -> Row:
         """Return a cell; train it, if that was not done.
 
         Raises:
             RunFolderError: where its record is damaged.
         """
-        folder = self._folder_of(method, budget)
+        folder = self._folder_of(place)
         if not (folder / CELL).exists():
             (folder / TEST).unlink(missing_ok=True)  # of a model that is gone
-            row = self._dense() if budget is None else self._compact(method, budget)
+            row = self._dense() if place.config is None else self._compact(place, place.config)
             write_json(folder / CELL, row)
-        if budget is not None:
+        if place.config is not None:
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # no other cell needs them
         return _read(folder / CELL)
 
-    def test(self, row: Row) -> dict[str, float | None]:
+    def test(self, row: Row) -> Score:
         """Return how good a finished cell's model is on the test split. Nothing else reads that split."""
         folder = self.root / row["folder"]
         if not (folder / TEST).exists():
             write_json(folder / TEST, self._evaluate(self._load(folder), "test"))
         return _read(folder / TEST)
 
-    def course(self, method: str, budget: str) -> list[dict[str, float]]:
+    def course(self, place: Place) -> list[dict[str, float]]:
         """Return the recorded steps of a finished search; none where the model did not train meanwhile."""
-        path = self._search_folder(method, budget) / COURSE
+        path = self._search_folder(place) / COURSE
         return _read(path) if path.exists() else []
 
     # One cell.
@@ -113,7 +139,7 @@ class Cells:
         try:
             return self._train_dense()
         except NonFiniteLoss as error:
-            return self._missing(DENSE, None, "diverged", error)
+            return self._missing(DENSE_MODEL, "diverged", error)
 
     def _train_dense(self) -> Row:
         model = self._build()
@@ -125,36 +151,41 @@ class Cells:
         stage = self._stage(DENSE, model, self._optimizer(model), self.folder / DENSE)
         converge(stage, self.watcher)
         write_state(self.folder / DENSE / WEIGHTS, model.state_dict())
-        return self._row(DENSE, None, model, size, _course_of(stage))
+        return self._row(DENSE_MODEL, model, size, _course_of(stage))
 
-    def _compact(self, method: str, budget: str) -> Row:
+    def _compact(self, place: Place, config: AlgorithmConfig) -> Row:
         course: Stages = {}
-        if self.recipe.search.methods[method].starts_from == "dense":
-            dense = self.get(DENSE, None)
+        if config.starts_from == "dense":
+            dense = self.get(DENSE_MODEL)
             if dense["status"] != "done":
-                return self._missing(method, budget, dense["status"], f"the dense model it starts from: {dense['reason']}")
+                return self._missing(place, dense["status"], f"the dense model it starts from: {dense['reason']}")
             course = {DENSE: Trained(dense["stages"][DENSE], DENSE in dense["capped"])}
         try:
-            return self._train_compact(method, budget, course)
+            return self._train_compact(place, config, course)
         except BudgetError as error:
-            return self._missing(method, budget, "infeasible", error)
+            return self._missing(place, "infeasible", error)
         except NonFiniteLoss as error:
-            return self._missing(method, budget, "diverged", error)
+            return self._missing(place, "diverged", error)
 
-    def _train_compact(self, method: str, budget: str, course: Stages) -> Row:
-        """Search, rewrite and train on; ``course`` is the training that the search starts from."""
-        folder, model = self._folder_of(method, budget), self._build()
+    def _train_compact(self, place: Place, config: AlgorithmConfig, course: Stages) -> Row:
+        """Search, rewrite and train on, or train from scratch; ``course`` is the training that the search starts from."""
+        folder, model = self._folder_of(place), self._build()
         optimizer = self._optimizer(model)
-        session = self._session(model, optimizer, self.recipe.search.methods[method], budget)
-        course |= self._search(session, model, optimizer, method, budget)
+        session = self._session(model, optimizer, config, place.budget or "")
+        course |= self._search(session, model, optimizer, place)
         if not (folder / PLAN).exists():  # a run that is resumed goes on with the plan it had
             session.derive().save(folder / PLAN)
         plan = SizePlan.load(folder / PLAN)
-        session.compact(plan)
-        stage = self._stage("fine-tune" if course else "train", model, optimizer, folder, f"{method} {budget}")
+        name = "fine-tune" if course else "train"
+        if session.config.retrains:
+            name, model = "retrain", self._fresh(plan)
+            optimizer = self._optimizer(model)
+        else:
+            session.compact(plan)
+        stage = self._stage(name, model, optimizer, folder, str(place))
         converge(stage, self.watcher)
         save(model, plan, folder)
-        return self._row(method, budget, model, plan.size_bytes, course | _course_of(stage))
+        return self._row(place, model, plan.size_bytes, course | _course_of(stage))
 
     def _session(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: AlgorithmConfig, budget: str) -> Session:
         """Prepare the model, with the trained dense weights where the method starts from them."""
@@ -184,13 +215,13 @@ class Cells:
         state: dict[str, Any] = read_state(path)
         return state
 
-    def _search(self, session: Session, model: nn.Module, optimizer: torch.optim.Optimizer, method: str, budget: str) -> Stages:
+    def _search(self, session: Session, model: nn.Module, optimizer: torch.optim.Optimizer, place: Place) -> Stages:
         """Search until the plan can be derived; train meanwhile, if the method does."""
         config = session.config
         if not config.trains:
             session.step(next(iter(self.data.batches("validation", self._train.batch_size))))
             return {}
-        folder, title = self._search_folder(method, budget), f"{method} {budget}" if config.searches_within_budget else method
+        folder, title = self._search_folder(place), str(place if config.searches_within_budget else replace(place, budget=None))
         course = Course()
         session.register(course)
         stage = self._stage("search", model, optimizer, folder, title, session=session, observers={"course": course})
@@ -206,12 +237,12 @@ class Cells:
         """Where the cells of this seed and this trial are."""
         return self.root / "cells" / f"seed-{self.seed}" / f"trial-{self.number}"
 
-    def _folder_of(self, method: str, budget: str | None) -> Path:
-        return self.folder / slug(method) / slug(budget or "")
+    def _folder_of(self, place: Place) -> Path:
+        return self.folder / slug(place.method) / slug(place.allocation) / slug(place.budget or "")
 
-    def _search_folder(self, method: str, budget: str) -> Path:
-        within = self.recipe.search.methods[method].searches_within_budget
-        return self._folder_of(method, budget if within else None)
+    def _search_folder(self, place: Place) -> Path:
+        within = place.config is not None and place.config.searches_within_budget
+        return self._folder_of(place if within else replace(place, budget=None))
 
     @property
     def _train(self) -> Train:
@@ -222,9 +253,18 @@ class Cells:
         torch.manual_seed(self.seed)
         return self.recipe.model.build(self.data.schema)
 
+    def _fresh(self, plan: SizePlan) -> nn.Module:
+        """Build the recipe's model as the plan wants it, nothing of it trained."""
+        model = apply(self._build(), plan)
+        if self._train.fused:
+            for module in list(model.modules()):
+                if isinstance(module, CompactEmbeddingBagCollection) and module.chunks is not None:
+                    module.fuse(fused_params(self._train.fused))
+        return model
+
     def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """Return the loop's optimizer; fused tables are not its concern, and it leaves them alone."""
-        return torch.optim.Adam(model.parameters(), lr=self._train.lr)
+        return OPTIMIZERS[self._train.optimizer](model.parameters(), lr=self._train.lr)
 
     def _stage(
         self, name: str, model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, title: str = "", **more: Any
@@ -239,6 +279,7 @@ class Cells:
             self._train,
             self._checkpoint(folder, name),
             title=" ".join(filter(None, [title, name, *where])),
+            task=self.data.schema.task,
             **more,
         )
 
@@ -252,15 +293,15 @@ class Cells:
             return model
         return load(folder, model)
 
-    def _evaluate(self, model: nn.Module, split: Any) -> dict[str, float | None]:
-        return evaluate(model, self.data.batches(split, self._train.batch_size))
+    def _evaluate(self, model: nn.Module, split: Split) -> Score:
+        return evaluate(model, self.data.batches(split, self._train.batch_size), self.data.schema.task)
 
     # Records.
 
-    def _row(self, method: str, budget: str | None, model: nn.Module, size: int, course: Stages) -> Row:
+    def _row(self, place: Place, model: nn.Module, size: int, course: Stages) -> Row:
         """Say what a model cost and how good it is on the validation split."""
         epochs = [row for trained in course.values() for row in trained.history[1:]]
-        return self._named(method, budget) | {
+        return self._named(place) | {
             "status": "done",
             "reason": None,
             "bytes": size,
@@ -272,10 +313,10 @@ class Cells:
             "capped": [name for name, trained in course.items() if trained.capped],
         }
 
-    def _missing(self, method: str, budget: str | None, status: str, reason: object) -> Row:
+    def _missing(self, place: Place, status: str, reason: object) -> Row:
         """Say why there is no model: no plan fits, or the training diverged."""
         nothing = dict.fromkeys(("bytes", "params", "epochs", "seconds", "validation"))
-        return self._named(method, budget) | {
+        return self._named(place) | {
             "status": status,
             "reason": str(reason),
             **nothing,
@@ -283,13 +324,14 @@ class Cells:
             "capped": [],
         }
 
-    def _named(self, method: str, budget: str | None) -> Row:
+    def _named(self, place: Place) -> Row:
         return {
-            "method": method,
-            "budget": budget,
+            "method": place.method,
+            "budget": place.budget,
+            "allocation": place.allocation,
             "seed": self.seed,
             "trial": dict(self.trial),
-            "folder": str(self._folder_of(method, budget).relative_to(self.root)),
+            "folder": str(self._folder_of(place).relative_to(self.root)),
         }
 
 

@@ -80,6 +80,10 @@ class DataError(EmbsearchError):
     """A data file is missing or malformed; file, line and column are named."""
 
 
+class ModelError(EmbsearchError):
+    """A recipe's model cannot be built for its data."""
+
+
 class StateError(EmbsearchError, ValueError):
     """A file of saved state is not whole."""
 

@@ -137,6 +137,8 @@ def add_beside(optimizer: Optimizer, known: nn.Parameter, new: Sequence[nn.Param
 def carried_state(state: dict[str, Any], shape: torch.Size, part: Slice) -> dict[str, Any]:
     """Return the state of a new parameter; empty, so that the optimizer starts anew, where it cannot be carried over."""
     carried: dict[str, Any] = {}
+    if part.rotation is not None:  # a rewrite says so once for all tables
+        return carried
     for name, value in state.items():
         if not isinstance(value, Tensor) or value.dim() == 0:
             carried[name] = value.clone() if isinstance(value, Tensor) else value

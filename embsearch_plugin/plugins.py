@@ -16,9 +16,15 @@ from embsearch_plugin.plan import TablePlan
 from embsearch_plugin.supernet.forms import Form
 
 BUILTIN = (
+    "embsearch_plugin.algorithms.autodim",
     "embsearch_plugin.algorithms.dnis",
+    "embsearch_plugin.algorithms.grid",
     "embsearch_plugin.algorithms.magnitude",
+    "embsearch_plugin.algorithms.mde",
+    "embsearch_plugin.algorithms.random",
+    "embsearch_plugin.algorithms.spectral",
     "embsearch_plugin.algorithms.nis",
+    "embsearch_plugin.algorithms.sam",
     "embsearch_plugin.algorithms.uniform",
     "embsearch_adapters.torchrec_ebc",
 )

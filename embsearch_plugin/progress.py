@@ -3,6 +3,7 @@
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from embsearch_plugin.tasks import CLICK, Task
 from embsearch_plugin.training import Epoch, Watcher
 
 
@@ -21,7 +22,7 @@ class ProgressWatcher(Watcher):
         )
         self._console = console
         self._task: TaskID | None = None
-        self._steps: int | None = None
+        self._asked: Task = CLICK
 
     def __enter__(self) -> "ProgressWatcher":
         self._progress.start()
@@ -30,9 +31,10 @@ class ProgressWatcher(Watcher):
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def stage(self, name: str, steps: int | None) -> None:
+    def stage(self, name: str, steps: int | None, task: Task) -> None:
         """Begin a bar."""
         self._clear()
+        self._asked = task
         self._task = self._progress.add_task(name, total=steps)
 
     def step(self) -> None:
@@ -42,9 +44,10 @@ class ProgressWatcher(Watcher):
 
     def epoch(self, name: str, row: Epoch) -> None:
         """Print the epoch's line and start its bar anew."""
-        loss, auc, seconds = row["log_loss"], row["auc"], row["seconds"]
-        figures = f"validation log loss {loss:.4f}" + (f", AUC {auc:.4f}" if auc is not None else "")
-        self._console.print(f"{name:<10} epoch {row['epoch']:>2}  {figures}  {seconds:.1f} s", highlight=False, soft_wrap=True)
+        shown = dict.fromkeys([self._asked.loss, self._asked.metrics[0]])
+        figures = ", ".join(f"{metric.name} {value:.4f}" for metric in shown if (value := metric.of(row)) is not None)
+        line = f"{name:<10} epoch {row['epoch']:>2}  validation {figures}  {row['seconds']:.1f} s"
+        self._console.print(line, highlight=False, soft_wrap=True)
         if self._task is not None:
             self._progress.reset(self._task)
 

@@ -12,6 +12,7 @@ import cattrs
 import yaml
 from cattrs.gen import make_dict_structure_fn
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from torch.optim import SGD, Adagrad, Adam, Optimizer
 
 from embsearch_plugin import data, models
 from embsearch_plugin.algorithms.base import AlgorithmConfig
@@ -21,6 +22,8 @@ from embsearch_plugin.budget import Budget
 from embsearch_plugin.errors import EmbsearchError, RecipeError, did_you_mean
 from embsearch_plugin.plugins import algorithms
 from embsearch_plugin.space import SearchSpace
+
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adam": Adam, "adagrad": Adagrad, "sgd": SGD}
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,9 @@ class Train:
         epochs: at most so many passes over the training split.
         patience: so many epochs without a better validation loss are put up with, the next one ends the training; the best
             epoch's weights are kept.
-        lr: learning rate of Adam.
+        optimizer: ``adam``, ``adagrad`` or ``sgd``.
+        lr: its learning rate.
+        clip_norm: the norm of all gradients together is clipped to it, as by TensorFlow's ``clip_by_global_norm``.
         l2: weight of the squared looked-up embeddings (after gates), summed per example, in the loss.
         fused: put the tables on fused kernels with an optimizer of their own.
     """
@@ -58,11 +63,19 @@ class Train:
     batch_size: int = 1024
     epochs: int = 30
     patience: int = 2
+    optimizer: str = "adam"
     lr: float = 1e-3
+    clip_norm: float | None = None
     l2: float = 0.0
     fused: Fused | None = None
 
     def __post_init__(self) -> None:
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"unknown optimizer {self.optimizer!r}.{did_you_mean(self.optimizer, OPTIMIZERS)}")
+        if self.clip_norm is not None and (self.clip_norm <= 0 or self.fused):
+            raise ValueError(
+                f"clip_norm must be above 0, and null with fused, whose kernels know no norm; got {self.clip_norm}"
+            )
         if min(self.batch_size, self.epochs) < 1 or self.patience < 0 or self.lr <= 0 or self.l2 < 0:
             raise ValueError(
                 "batch_size and epochs must be at least 1, patience and l2 at least 0, lr above 0; got "
@@ -77,7 +90,7 @@ class Search:
     Args:
         algorithm: the algorithm's name and settings.
         baselines: the algorithms it is compared with, under the same budgets, seeds and trials.
-        budgets: how large all tables may be, as text: "10%" or "2GiB".
+        budgets: how large all tables may be, as text: "10%", "2GiB" or "390000 params".
         space: how tables are cut, for all of them; by default as suits each.
     """
 
@@ -154,8 +167,12 @@ class Recipe:
 
 def _described(config: AlgorithmConfig) -> str:
     """Name a config by its name and what was set otherwise than by default."""
-    settings = [f"{f.name}={getattr(config, f.name)}" for f in fields(config) if getattr(config, f.name) != f.default]
-    return f"{config.name} ({', '.join(settings)})" if settings else config.name
+    return f"{config.name} ({', '.join(settings(config))})" if settings(config) else config.name
+
+
+def settings(config: AlgorithmConfig) -> list[str]:
+    """Return what was set otherwise than by default, as ``name=value``."""
+    return [f"{f.name}={getattr(config, f.name)}" for f in fields(config) if getattr(config, f.name) != f.default]
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

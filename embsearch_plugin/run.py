@@ -3,12 +3,14 @@
     for each seed:  the dense model, and each method (the recipe's algorithm, and its baselines) at each budget
 
 Every model is trained to convergence by early stopping on the validation split. From the first seed every method tries the
-recipe's trials, all of them the same; the one with the best validation loss is kept for that method and budget, and the other
-seeds use it. The test split is read once, at the end, by the cells that were chosen.
+recipe's trials, all of them the same, and in each trial all of its allocations (grid and random search have several); what has
+the best validation loss is kept for that method and budget, and the other seeds use it. The test split is read once, at the
+end, by the cells that were chosen.
 """
 
 import fcntl
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,23 +25,27 @@ import torch
 from torch import Tensor
 
 from embsearch_plugin.budget import Budget
-from embsearch_plugin.cells import CHECKPOINTS, DENSE, Cells, Row
+from embsearch_plugin.cells import CHECKPOINTS, DENSE, DENSE_MODEL, Cells, Place, Row
 from embsearch_plugin.collection import Table
 from embsearch_plugin.data.dataset import Dataset, Split
-from embsearch_plugin.errors import DataError, NonFiniteLoss, RunFolderError
+from embsearch_plugin.errors import BudgetError, DataError, NonFiniteLoss, RunFolderError
 from embsearch_plugin.files import write_json, write_text
 from embsearch_plugin.machine import machine, versions
 from embsearch_plugin.plan import SizePlan
 from embsearch_plugin.plugins import find_collections, manager
 from embsearch_plugin.randomness import private_random
-from embsearch_plugin.recipes import Recipe, to_plain, to_yaml
+from embsearch_plugin.recipes import Recipe, settings, to_plain, to_yaml
 from embsearch_plugin.report.page import write_report
 from embsearch_plugin.saving import PLAN
+from embsearch_plugin.search.tables import check_fused_widths
 from embsearch_plugin.training import Watcher
 
 RECIPE, DATA = "recipe.yaml", "cells/data.json"
-Place = tuple[str, str | None]
-"""A method and a budget; the dense model has none."""
+Contest = tuple[str, str | None]
+"""A method and a budget (the dense model has none): what one result is of."""
+
+Choice = tuple[int, Place]
+"""The number of a trial, and an allocation."""
 
 
 def run(recipe: Recipe, folder: Path, *, resume: bool = False, watcher: Watcher | None = None) -> dict[str, Any]:
@@ -68,21 +74,25 @@ def run(recipe: Recipe, folder: Path, *, resume: bool = False, watcher: Watcher 
     return metrics
 
 
-def _metrics(matrix: "Matrix", chosen: dict[Place, int]) -> dict[str, Any]:
+def _metrics(matrix: "Matrix", chosen: dict[Contest, Choice]) -> dict[str, Any]:
     rows = matrix.rows(chosen)
     return {
         "recipe": to_plain(matrix.recipe),
         "versions": versions(),
         "machine": machine(),
         "algorithm": next(iter(matrix.recipe.search.methods)),
+        "task": matrix.data.schema.task.name,
         "original_bytes": matrix.original_bytes,
-        "budgets": [
-            {"text": text, "bytes": Budget.of(text).limit(matrix.original_bytes)} for text in matrix.recipe.search.budgets
-        ],
+        "budgets": [{"text": text, "bytes": _bytes(text, matrix.original_bytes)} for text in matrix.recipe.search.budgets],
         "cells": rows,
         "course": matrix.course(chosen),
         "rows": matrix.plugin_rows(rows),
     }
+
+
+def _bytes(text: str, original: int) -> int | None:
+    budget = Budget.of(text)
+    return budget.limit(original) if budget.unit == "bytes" else None
 
 
 @dataclass(frozen=True)
@@ -103,41 +113,47 @@ class Matrix:
         """Find what cannot work before hours are spent.
 
         Raises:
-            SpaceError: where the space does not fit the tables.
+            SpaceError: where the space, or fused kernels, do not fit the tables.
             DataError: where a split holds no examples.
         """
         for config in self.recipe.search.methods.values():
+            space = config.space(self.recipe.search.space)
             for table in self._tables:
-                config.space(self.recipe.search.space).dims(table.dim)
+                space.dims(table.dim)
+            if self.recipe.train.fused:
+                check_fused_widths(self._tables, space)
         for split in get_args(Split):
             if not any(len(batch.labels) for batch in islice(self.data.batches(split, 1), 1)):
                 raise DataError(f"every split must hold examples; {split!r} holds none. Try: more data, or other fractions.")
 
-    def train_trials(self) -> dict[Place, int]:
-        """Train all trials from the first seed; return, for each method and budget, the number of the best on validation."""
+    def train_trials(self) -> dict[Contest, Choice]:
+        """Train all trials from the first seed; return, for each method and budget, what is best on validation."""
         first = [self.at(self.recipe.seeds[0], trial) for trial in self._trials]
-        dense = [cells.get(DENSE, None) for cells in first]
+        dense = [cells.get(DENSE_MODEL) for cells in first]
         if all(row["status"] != "done" for row in dense):
             raise NonFiniteLoss(
                 f"the dense model diverged in every trial, so there is nothing to compare with. {dense[0]['reason']}"
             )
-        losses = {(place, cells.number): _loss(cells.get(*place)) for cells in first for place in self._places()}
-        return {place: min(self._trials, key=lambda trial: losses[place, trial]) for place in self._places()}
+        losses = {
+            contest: {(cells.number, place): self._loss(cells.get(place)) for cells in first for place in places}
+            for contest, places in self._contests.items()
+        }
+        return {contest: min(tried, key=tried.__getitem__) for contest, tried in losses.items()}
 
-    def train_other_seeds(self, chosen: dict[Place, int]) -> None:
+    def train_other_seeds(self, chosen: dict[Contest, Choice]) -> None:
         """Train what was chosen from the other seeds."""
         for seed in self.recipe.seeds[1:]:
-            for place, trial in chosen.items():
-                self.at(seed, trial).get(*place)
+            for trial, place in chosen.values():
+                self.at(seed, trial).get(place)
 
-    def rows(self, chosen: dict[Place, int]) -> list[Row]:
-        """Return all cells, place by place, with the test metrics of the chosen ones; reads the test split."""
-        return [self._row(cells, place, chosen[place]) for cells, place in self._finished()]
+    def rows(self, chosen: dict[Contest, Choice]) -> list[Row]:
+        """Return all cells, result by result, with the test metrics of the chosen ones; reads the test split."""
+        return [self._row(cells, place, chosen) for cells, place in self._finished()]
 
-    def course(self, chosen: dict[Place, int]) -> list[dict[str, float]]:
-        """Return the recorded search steps of the recipe's algorithm: first seed, first budget, the trial chosen there."""
-        method, budget = next(iter(self.recipe.search.methods)), self.recipe.search.budgets[0]
-        return self.at(self.recipe.seeds[0], chosen[method, budget]).course(method, budget)
+    def course(self, chosen: dict[Contest, Choice]) -> list[dict[str, float]]:
+        """Return the recorded search steps of the recipe's algorithm: first seed, first budget, what was chosen there."""
+        trial, place = chosen[next(iter(self.recipe.search.methods)), self.recipe.search.budgets[0]]
+        return self.at(self.recipe.seeds[0], trial).course(place)
 
     def plugin_rows(self, rows: list[Row]) -> dict[str, str]:
         """Return what plugins have to say about the plan of the recipe's algorithm, at the first budget that has one."""
@@ -172,30 +188,41 @@ class Matrix:
     def _trials(self) -> range:
         return range(len(self.recipe.tune.trials()))
 
-    def _places(self) -> Iterator[Place]:
-        yield DENSE, None
-        for method in self.recipe.search.methods:
-            for budget in self.recipe.search.budgets:
-                yield method, budget
+    @cached_property
+    def _contests(self) -> dict[Contest, list[Place]]:
+        """The allocations that each method tries at each budget."""
+        search = self.recipe.search
+        return {(DENSE, None): [DENSE_MODEL]} | {
+            (method, budget): self._allocations(method, budget) for method in search.methods for budget in search.budgets
+        }
+
+    def _allocations(self, method: str, budget: str) -> list[Place]:
+        config = self.recipe.search.methods[method]
+        try:
+            tried = config.allocations(self._tables, Budget.of(budget), config.space(self.recipe.search.space))
+        except BudgetError:
+            tried = [config]  # its search raises the error again, and the cell says why it is infeasible
+        own = settings(config)
+        named = {", ".join(text for text in settings(each) if text not in own): each for each in tried}
+        return [Place(method, budget, name, each) for name, each in named.items()]
 
     def _finished(self) -> Iterator[tuple[Cells, Place]]:
-        """Yield every cell that was trained, place by place."""
-        for place in self._places():
+        """Yield every cell that was trained, result by result."""
+        for places in self._contests.values():
             for seed in self.recipe.seeds:
                 for trial in self._trials:
                     cells = self.at(seed, trial)
-                    if cells.has(*place):
-                        yield cells, place
+                    yield from ((cells, place) for place in places if cells.has(place))
 
-    def _row(self, cells: Cells, place: Place, chosen: int) -> Row:
-        row = cells.get(*place)
-        counts = chosen == cells.number and row["status"] == "done"
+    def _row(self, cells: Cells, place: Place, chosen: dict[Contest, Choice]) -> Row:
+        row = cells.get(place)
+        counts = chosen[place.method, place.budget] == (cells.number, place) and row["status"] == "done"
         return row | {"chosen": counts, "test": cells.test(row) if counts else None}
 
-
-def _loss(row: Row) -> float:
-    """Return the validation loss that trials are compared by; infeasible cells come last."""
-    return float(row["validation"]["log_loss"]) if row["status"] == "done" else float("inf")
+    def _loss(self, row: Row) -> float:
+        """Return the validation loss that trials are compared by; infeasible cells come last."""
+        loss = self.data.schema.task.loss.of(row["validation"])
+        return math.inf if loss is None else loss
 
 
 def check_folder(recipe: Recipe, folder: Path, resume: bool) -> None:

@@ -21,6 +21,7 @@ from embsearch_plugin.fused import FusedEmbeddingBags
 from embsearch_plugin.machine import clock
 from embsearch_plugin.recipes import Train
 from embsearch_plugin.search.session import Session
+from embsearch_plugin.tasks import CLICK, Task
 
 Epoch = dict[str, float | None]
 
@@ -28,8 +29,8 @@ Epoch = dict[str, float | None]
 class Watcher:
     """Sees a run as it goes on. This one looks away; the command line's draws progress bars."""
 
-    def stage(self, name: str, steps: int | None) -> None:
-        """A stage begins; an epoch of it has so many steps, where that is known."""
+    def stage(self, name: str, steps: int | None, task: Task) -> None:
+        """A stage begins; an epoch of it has so many steps, where that is known, and the metrics of the task."""
 
     def step(self) -> None:
         """A weight step was taken."""
@@ -49,6 +50,7 @@ class Stage:
         session: the search that runs along, if any.
         observers: what else has a state to keep in the checkpoint, by name.
         title: what it is called where people look; by default its name.
+        task: what the model is asked.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Stage:
     session: Session | None = None
     observers: Mapping[str, Any] = field(default_factory=dict)
     title: str = ""
+    task: Task = CLICK
     history: list[Epoch] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -77,7 +80,7 @@ class Stage:
     @property
     def best(self) -> int:
         """The epoch, from 0, with the best validation loss among those that count."""
-        losses = [math.inf if row["log_loss"] is None else row["log_loss"] for row in self.history]
+        losses = [math.inf if (loss := self.task.loss.of(row)) is None else loss for row in self.history]
         return min(range(self.first_ready, len(losses)), key=losses.__getitem__, default=-1)
 
     @property
@@ -107,7 +110,7 @@ def converge(stage: Stage, watcher: Watcher) -> list[Epoch]:
     Raises:
         NonFiniteLoss: where the training or the validation loss is NaN or infinite.
     """
-    watcher.stage(stage.title, len(stage.train) if hasattr(stage.train, "__len__") else None)
+    watcher.stage(stage.title, len(stage.train) if hasattr(stage.train, "__len__") else None, stage.task)
     if stage.checkpoint.exists():
         _resume(stage)
     else:
@@ -138,6 +141,8 @@ def train_epoch(stage: Stage, stepped: Callable[[], None] = lambda: None) -> flo
             loss, _ = stage.model(batch)
             penalty = sum((values.square().sum() / max(len(values), 1) for values in embeddings), torch.zeros(()))
             (loss + stage.options.l2 * penalty if stage.options.l2 else loss).backward()
+            if stage.options.clip_norm is not None:
+                nn.utils.clip_grad_norm_(stage.model.parameters(), stage.options.clip_norm)
             stage.optimizer.step()
             total, steps = total + float(loss.detach()), steps + 1
             if not math.isfinite(total):
@@ -177,10 +182,11 @@ def outermost_collections(module: nn.Module) -> Iterable[nn.Module]:
 
 
 def _close_epoch(stage: Stage, watcher: Watcher, row: Epoch) -> None:
-    row |= evaluate(stage.model, stage.validation)
-    if not math.isfinite(row["log_loss"] or 0.0):
+    row |= evaluate(stage.model, stage.validation, stage.task)
+    loss = stage.task.loss.of(row)
+    if not math.isfinite(loss or 0.0):
         raise NonFiniteLoss(
-            f"the validation loss must be a number; got {row['log_loss']} after epoch {row['epoch']} of {stage.title}.\n"
+            f"the validation loss must be a number; got {loss} after epoch {row['epoch']} of {stage.title}.\n"
             "  Possible solutions: 1) a lower train.lr  2) look for NaN in the validation data."
         )
     stage.history.append(row)

@@ -38,6 +38,7 @@ from embsearch_plugin.errors import AllocationError, BudgetError
         (Budget(bytes=np.int64(12)), 12),
         (Budget(bytes="1KiB"), 1024),
         (Budget(params=390_000), 390_000),
+        (" 390000 params ", 390_000),
         (Budget("50%"), 500),
     ],
 )
@@ -53,6 +54,7 @@ def test_a_share_is_kept_to_the_byte(hundredths: int, size: int) -> None:
 
 def test_only_parameters_are_not_counted_in_bytes() -> None:
     assert [b.unit for b in (Budget("1%"), Budget(bytes=1), Budget(params=1))] == ["bytes", "bytes", "parameters"]
+    assert Budget.of("7 params") == Budget(params=7)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +85,25 @@ def test_a_share_is_at_most_the_whole(share: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "%", "ten%", "nan%", "inf%", "1e1%", "10%%", "nan", "inf", "2 gigabytes", "2,5GB", "GiB", "1 2", "0x10", "9" * 5000],
+    [
+        "",
+        "%",
+        "ten%",
+        "nan%",
+        "inf%",
+        "1e1%",
+        "10%%",
+        "nan",
+        "inf",
+        "2 gigabytes",
+        "2,5GB",
+        "GiB",
+        "1 2",
+        "0x10",
+        "1.5 params",
+        "params",
+        "9" * 5000,
+    ],
 )
 def test_texts_that_are_no_budget(text: str) -> None:
     with pytest.raises(BudgetError, match=r"cannot read the budget .* Write \"10%\""):

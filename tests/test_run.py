@@ -16,20 +16,34 @@ from embsearch_plugin.algorithms.magnitude import Magnitude
 from embsearch_plugin.algorithms.uniform import Uniform
 from embsearch_plugin.cells import slug
 from embsearch_plugin.cli import main
-from embsearch_plugin.data import criteo, movielens
+from embsearch_plugin.data import avazu, criteo, kkbox, movielens, movielens_csv
 from embsearch_plugin.data.dataset import Split, TabularBatches, TabularDataset
 from embsearch_plugin.data.planted import Planted
 from embsearch_plugin.errors import NonFiniteLoss
 from embsearch_plugin.evaluation import evaluate
-from embsearch_plugin.recipes import Fused, Recipe, Tune, load_recipe
+from embsearch_plugin.models.fm import Fm
+from embsearch_plugin.models.neumf import NeuMf
+from embsearch_plugin.recipes import OPTIMIZERS, Fused, Recipe, Tune, load_recipe
 from embsearch_plugin.report.text import results_markdown
 from embsearch_plugin.run import opened, run
+from embsearch_plugin.tasks import TASKS
 from embsearch_plugin.training import Epoch, Watcher
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SMALL = ["train.batch_size=256", "train.epochs=2", "search.algorithm.warm_up=5", "model.embedding_dim=8"]
 ONE_CELL_EACH = ["train.epochs=1", "search.budgets=[50%]", "seeds=[0]", "tune={}"]
-
+FEW_ALLOCATIONS = {
+    "baselines": [
+        "search.algorithm.temperatures=[0.4]",
+        "search.baselines=[uniform, {name: grid, dims: [1, 2]}, {name: random, draws: 2}, {name: random, by: block, draws: 2}, "
+        "magnitude, {name: magnitude, rounds: 2, warm_up: 5, every: 5}, {name: magnitude, fine_grained: true}]",
+    ],
+    "grid": ["search.algorithm.dims=[1, 2, 4]"],
+    "random": ["search.algorithm.draws=2", "search.baselines=[{name: random, by: block, draws: 2}]"],
+    "mde": ["search.algorithm.temperatures=[0.2, 0.8]", "search.algorithm.block_counts=[1, 3]"],
+    "magnitude": ["search.algorithm.every=5"],
+}
+"""Overrides for recipes of many trainings, by the last part of their name."""
 
 DATA = Planted(examples=4000, fields=4, rows=(60,), ranks=(2, 2, 1, 0), n_dense=3)
 ITERATIVE = Magnitude(rounds=2, every=2, warm_up=0)
@@ -128,6 +142,38 @@ def test_pruning_goes_on_with_the_optimizer_state_of_fused_tables(tmp_path: Path
     assert at_first == pytest.approx(dense["validation"]["log_loss"], abs=0.05)
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_gradients_are_clipped_for_every_optimizer(optimizer: str, tmp_path: Path) -> None:
+    losses = {}
+    for norm in (None, 1e6, 1e-12):
+        train = {"optimizer": optimizer, "clip_norm": norm, "lr": 0.003, "epochs": 1, "patience": 9}
+        metrics = run(small({"baselines": ()}, train), tmp_path / str(norm))
+        (dense,) = by_place(metrics, method="dense")
+        losses[norm] = [row["log_loss"] for row in dense["stages"]["dense"]]
+    assert losses[1e6] == losses[None]
+    assert losses[1e-12] != losses[None]
+    if optimizer == "sgd":  # the others divide by the size of the gradients
+        assert losses[1e-12][1] == pytest.approx(losses[1e-12][0], abs=1e-6)
+
+
+@pytest.mark.parametrize(("task", "loss"), [("rating", "mse"), ("top-k", "log_loss")])
+def test_trials_and_epochs_go_by_the_loss_of_the_task(task: str, loss: str, tmp_path: Path) -> None:
+    movielens.write_sample(tmp_path / "data")
+    recipe = small({"budgets": ("6000 params",)}, {"epochs": 2}, tune=Tune(lr=(1e-6, 0.01)), model=NeuMf(4))
+    recipe = replace(recipe, data=movielens.MovieLens1M(str(tmp_path / "data"), task=task))
+    metrics = run(recipe, tmp_path / "out")
+    assert (metrics["task"], metrics["budgets"]) == (task, [{"text": "6000 params", "bytes": None}])
+    for method in ("dense", "dnis", "uniform", "magnitude"):
+        cells = by_place(metrics, method=method)
+        best = min(cells, key=lambda cell: cell["validation"][loss])
+        assert [cell["chosen"] for cell in cells] == [cell is best for cell in cells]
+        assert best["validation"][loss] == pytest.approx(min(row[loss] for row in [*best["stages"].values()][-1]), rel=1e-5)
+        assert set(best["test"]) == {metric.key for metric in TASKS[task].metrics}
+        if method != "dense":
+            plan = es.SizePlan.load(tmp_path / "out" / best["folder"] / "plan.json")
+            assert plan.n_params <= 6000
+
+
 def test_methods_that_share_a_name_are_told_apart_by_their_settings() -> None:
     methods = replace(small().search, baselines=(Uniform(), Magnitude(), ITERATIVE)).methods
     assert list(methods) == ["dnis", "uniform", "magnitude", "magnitude (warm_up=0, every=2, rounds=2)"]
@@ -148,6 +194,51 @@ def test_a_search_that_serves_every_budget_is_run_once_and_one_that_does_not_for
         assert cell["seconds"] > dense["seconds"]
     # The dense model, pruned: what it comes as is what it was before, but for what was taken away.
     assert one["stages"]["search"][0]["log_loss"] == pytest.approx(dense["validation"]["log_loss"], abs=1e-5)
+
+
+def test_of_several_allocations_the_best_on_validation_is_kept_and_used_for_the_other_seeds(tmp_path: Path) -> None:
+    search = {"algorithm": es.Random(draws=3), "baselines": (es.Grid(dims=(1, 2, 4)), Uniform()), "budgets": ("50%", "12.5%")}
+    search["space"] = es.SearchSpace(align=1)
+    metrics = run(small(search, {"epochs": 1}, tune=Tune(lr=(0.001, 0.01)), seeds=(0, 1)), tmp_path)
+    tried = {"random": ["draw=0", "draw=1", "draw=2"], "uniform": [""]}
+    for budget in ("50%", "12.5%"):
+        tried["grid"] = ["dim=1", "dim=2", "dim=4"] if budget == "50%" else ["dim=1"]
+        for method, allocations in tried.items():
+            cells = by_place(metrics, method=method, budget=budget)
+            first = [cell for cell in cells if cell["seed"] == 0]
+            assert [(c["trial"]["lr"], c["allocation"]) for c in first] == [
+                (lr, a) for lr in (0.001, 0.01) for a in allocations
+            ]
+            best = min(first, key=lambda cell: cell["validation"]["log_loss"])
+            chosen = [cell for cell in cells if cell["chosen"]]
+            assert [cell["seed"] for cell in chosen] == [0, 1] and len(cells) == len(first) + 1
+            assert {(cell["allocation"], cell["trial"]["lr"]) for cell in chosen} == {(best["allocation"], best["trial"]["lr"])}
+            assert all((cell["test"] is None) != cell["chosen"] for cell in cells)
+            assert all(cell["bytes"] <= es.Budget.of(budget).limit(metrics["original_bytes"]) for cell in cells)
+            one, two = (json.loads((tmp_path / cell["folder"] / "plan.json").read_text())["tables"] for cell in chosen)
+            assert [table["blocks"] for table in one] == [table["blocks"] for table in two]
+
+
+def test_a_grid_of_which_nothing_fits_is_infeasible(tmp_path: Path) -> None:
+    search = {"algorithm": es.Grid(dims=(4, 8)), "baselines": (Uniform(dim=2), Uniform(dim=8)), "budgets": ("25%",)}
+    metrics = run(small(search, {"epochs": 1}), tmp_path)
+    (grid,), (over,) = (by_place(metrics, method=method) for method in ("grid", "uniform (dim=8)"))
+    assert grid["status"] == over["status"] == "infeasible"
+    assert "smaller dims (the grid has [4, 8])" in grid["reason"] and "dim 8 needs" in over["reason"]
+    assert by_place(metrics, method="uniform (dim=2)")[0]["bytes"] == metrics["original_bytes"] // 4
+
+
+def test_an_allocation_that_is_finished_is_never_trained_again(tmp_path: Path) -> None:
+    recipe = small({"algorithm": es.Random(draws=3), "baselines": ()}, {"epochs": 1})
+    whole = KilledAfter(10_000)
+    run(recipe, tmp_path / "whole", watcher=whole)
+    with pytest.raises(Killed):
+        run(recipe, tmp_path / "killed", watcher=KilledAfter(5))  # an epoch of the second draw: dense and draw=0 took four
+    rest = KilledAfter(10_000)
+    run(recipe, tmp_path / "killed", resume=True, watcher=rest)
+    assert whole.left == 10_000 - 4 * 2 and rest.left == 10_000 - 3
+    assert timeless(tmp_path / "killed") == timeless(tmp_path / "whole")
+    assert models(tmp_path / "killed") == models(tmp_path / "whole")
 
 
 class Killed(Exception):
@@ -259,17 +350,19 @@ def test_what_did_not_converge_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("search", "data", "message"),
+    ("change", "message"),
     [
-        ({"space": es.SearchSpace(column_chunks=(3, 3))}, {}, "sum to the table's dim 8"),
-        ({}, {"examples": 3}, "'test' holds none"),
+        ({"search": {"space": es.SearchSpace(column_chunks=(3, 3))}}, "sum to the table's dim 8"),
+        ({"data": replace(DATA, examples=3)}, "'test' holds none"),
+        ({"model": Fm(8), "train": {"fused": Fused()}}, "widths that are multiples of 4; table .* has dim 1"),
+        ({"model": NeuMf(8)}, "must know a user's fields from an item's"),
     ],
 )
-def test_what_cannot_work_is_found_before_anything_is_trained(
-    search: dict[str, object], data: dict[str, object], message: str, tmp_path: Path
-) -> None:
+def test_what_cannot_work_is_found_before_anything_is_trained(change: dict[str, object], message: str, tmp_path: Path) -> None:
+    recipe = small(change.get("search"), change.get("train"))
+    whole = {name: change[name] for name in ("data", "model") if name in change}
     with pytest.raises(es.EmbsearchError, match=message):
-        run(replace(small(search), data=replace(DATA, **data)), tmp_path, watcher=KilledAfter(1))
+        run(replace(recipe, **whole), tmp_path, watcher=KilledAfter(1))
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_its_checkpoint(tmp_path: Path) -> None:
@@ -286,15 +379,22 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_its_checkpoint(tmp_pat
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_runs_in_a_small_form(recipe: Path, tmp_path: Path) -> None:
-    overrides = [*SMALL, *ONE_CELL_EACH]
+    overrides = [*SMALL, *ONE_CELL_EACH, *FEW_ALLOCATIONS.get(recipe.stem.rpartition("_")[2], [])]
     if "ml1m" in recipe.stem:
         movielens.write_sample(tmp_path / "data")
         overrides.append(f"data.path={tmp_path / 'data'}")
-    if "magnitude" in recipe.stem:
-        overrides.append("search.algorithm.every=5")
     if "criteo" in recipe.stem:
         criteo.write_sample(tmp_path / "train.txt.gz", rows=3000)
         overrides += [f"data.path={tmp_path / 'train.txt.gz'}", "data.rows=500"]
+    if "moviestream" in recipe.stem:
+        movielens_csv.write_sample(tmp_path / "data")
+        overrides.append(f"data.path={tmp_path / 'data'}")
+    if "kkbox" in recipe.stem:
+        kkbox.write_sample(tmp_path / "data")
+        overrides.append(f"data.path={tmp_path / 'data'}")
+    if "avazu" in recipe.stem:
+        avazu.write_sample(tmp_path / "train.csv")
+        overrides.append(f"data.path={tmp_path / 'train.csv'}")
     if recipe.stem.startswith(("demo", "planted")):
         overrides += ["data.examples=3000", "data.rows=[50]"]
     result = CliRunner().invoke(main, ["run", str(recipe), *overrides, "--out", str(tmp_path / "out")])

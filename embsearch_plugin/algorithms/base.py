@@ -1,9 +1,10 @@
 """What every algorithm's config shares, and what an algorithm is."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
+from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import Table
 from embsearch_plugin.space import SearchSpace
 from embsearch_plugin.supernet.forms import Form
@@ -31,6 +32,7 @@ class AlgorithmConfig:
         :attr:`trains`: whether the model trains while sizes are searched.
         :attr:`searches_within_budget`: whether one search serves one budget only.
         :attr:`least_search_steps`: a plan may be derived after so many.
+        :meth:`allocations`: those it tries, each by a training of its own.
 
     What a rewrite needs to know:
         ``folds_gates``: whether gates are part of the weights, which are multiplied by them when they are stored. Otherwise
@@ -40,6 +42,8 @@ class AlgorithmConfig:
         warm_up: weight steps before the first search step. Ids are counted meanwhile (and after it: ranks are refreshed
             whenever the number of steps has doubled), so the default serves a run of 200 steps and one of 200,000.
         every: a search step follows every ``every``-th weight step.
+        retrains: in a reference run, apply the plan to a model built anew and train that from scratch; otherwise the
+            searched model's compacted weights are trained on.
     """
 
     name: ClassVar[str]
@@ -47,6 +51,7 @@ class AlgorithmConfig:
     folds_gates: ClassVar[bool] = True
     warm_up: int = 50
     every: int = 1
+    retrains: bool = False
 
     def __post_init__(self) -> None:
         if self.warm_up < 0 or self.every < 1:
@@ -71,9 +76,20 @@ class AlgorithmConfig:
         """Return how tables are cut, given what the user asked for, if anything."""
         return given or SearchSpace()
 
-    def form(self, table: Table) -> Form | None:
+    def form(self, table: Table, space: SearchSpace) -> Form | None:
         """Return what is to follow a table's lookup, the same kind for every table; ``None`` for its gated rows."""
         return None
+
+    def allocations(self, tables: Sequence[Table], budget: Budget, space: SearchSpace) -> Sequence["AlgorithmConfig"]:
+        """Return the allocations that are tried within a budget, at least one; by default itself alone.
+
+        A reference run trains a model for each and keeps the one that is best on validation. One session is one allocation:
+        :meth:`build` must serve for a config with several allocations too, and take one of them.
+
+        Raises:
+            BudgetError: where none is within the budget.
+        """
+        return [self]
 
     def build(self) -> Algorithm:
         """Return a new algorithm for one session."""

@@ -6,8 +6,12 @@ weights above one threshold. Fine-tuning is the training that goes on after ``co
 One shot by default. With ``rounds`` above one, pruning and training take turns, as Han et al. advise: round k of n keeps the
 share budget ** (k / n) of the bytes, so that each round removes the same part of what is left; what is removed stays so.
 
-Differences from Han et al.: embedding tables only; what is kept is chosen by one exact allocation over all tables, where they
-prune each layer by a threshold of its own.
+Differences from Han et al.:
+    * Embedding tables only.
+    * What is kept is chosen by one exact allocation, or one threshold, over all tables within a budget. They prune each layer
+      by a threshold of its own, a hand-tuned factor times the standard deviation of its weights.
+    * (Row block, column) pairs by default; ``fine_grained`` prunes single weights as they do, but in one shot only.
+    * Fine-tuning keeps the learning rate of the training, where they lower it; a recipe's ``tune`` tries several.
 """
 
 from collections.abc import Mapping, Sequence

@@ -107,7 +107,7 @@ class Nis(AlgorithmConfig):
         """Return five equal row blocks by four equal column chunks (4.1.3), where the user asked for nothing else."""
         return given or SearchSpace(row_blocks=(0.2,) * 5, column_chunks=4)
 
-    def form(self, table: Table) -> Form:
+    def form(self, table: Table, space: SearchSpace) -> Form:
         """Return the chunks' projections, one below the other."""
         return Projection(table.dim)
 

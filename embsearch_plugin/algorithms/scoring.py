@@ -1,16 +1,15 @@
 """Scoring candidates on the shared weights: the validation loss where one table's gates are exchanged for others."""
 
 import math
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from embsearch_plugin import distributed
 from embsearch_plugin.errors import NonFiniteLoss, SessionError
-from embsearch_plugin.supernet.searchable import TooSmallBatch
 
 if TYPE_CHECKING:
     from embsearch_plugin.search.session import Session
@@ -21,7 +20,8 @@ def losses(
 ) -> list[float]:
     """Return the validation loss of each alternative: one forward pass per batch for each, which leaves no trace.
 
-    Every alternative meets the same examples and the same dropout, so that equal gates have equal losses.
+    The model is in evaluation mode meanwhile: dropout would blur what is compared, and batch norm's statistics are those of
+    the shared weights.
 
     Args:
         session: attached, so that it has validation batches.
@@ -30,16 +30,16 @@ def losses(
         batches: how many of the loader's first batches are used, at most.
 
     Raises:
-        SessionError: where no batch has enough examples.
+        SessionError: where there is no batch.
         NonFiniteLoss: where a loss is no number.
     """
     totals, examples = torch.zeros(len(alternatives), dtype=torch.float64), 0
     for batch in session.validation_batches(batches):
-        with suppress(TooSmallBatch):
+        with _evaluating(session.model):
             each, size = _losses_on(session, batch, reference, alternatives)
             totals, examples = totals + each * size, examples + size
     if not examples:
-        raise SessionError("candidates are scored on validation batches, and none has enough examples. Use larger batches.")
+        raise SessionError("candidates are scored on validation batches, and the loader has none. Use a larger split.")
     found: list[float] = distributed.mean([(totals / examples).to(reference[0].device)])[0].tolist()
     if not all(map(math.isfinite, found)):
         raise NonFiniteLoss("candidates are scored by validation losses, and some are no numbers. Look for NaN in the data.")
@@ -56,3 +56,15 @@ def _losses_on(
         found.append(outcome.loss.detach().double().cpu())
         examples = len(outcome.logits)
     return torch.stack(found), examples
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module into evaluation mode, and afterwards back to its own."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

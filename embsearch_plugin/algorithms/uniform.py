@@ -4,21 +4,20 @@ Once the first step is done, gates are one for the first d columns and zero for 
 tables had d columns, padded with zeros to their width outside the lookup. The network is unchanged.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
-
-import torch
+from typing import TYPE_CHECKING, ClassVar
 
 from embsearch_plugin.algorithms.base import AlgorithmConfig
+from embsearch_plugin.algorithms.fixed import Dims, FixedAllocation
 from embsearch_plugin.budget import Budget, human_bytes
 from embsearch_plugin.collection import Table
 from embsearch_plugin.errors import BudgetError
 from embsearch_plugin.hookspecs import hookimpl
-from embsearch_plugin.plan import SizePlan, TablePlan
 
 if TYPE_CHECKING:
     from embsearch_plugin.search.session import Session
+    from embsearch_plugin.search.tables import SearchTable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +25,8 @@ class Uniform(AlgorithmConfig):
     """Settings of a uniform dim.
 
     Args:
-        dim: the dim to train with; by default the largest multiple of the space's ``align`` within the session's budget.
-            Tables narrower than it keep their own.
+        dim: the dim to train with, which the budget must hold; by default the largest multiple of the space's ``align``
+            within it. Tables narrower than it keep their own.
     """
 
     name: ClassVar[str] = "uniform"
@@ -49,42 +48,24 @@ class Uniform(AlgorithmConfig):
         return UniformSearch(self)
 
 
-class UniformSearch:
+class UniformSearch(FixedAllocation):
     """A uniform dim in one session: gates that are set once."""
 
     def __init__(self, config: Uniform) -> None:
         self.config = config
 
-    @hookimpl
-    def embsearch_search_start(self, session: "Session") -> None:
-        """Let the first d columns through."""
-        dim = self.config.dim or largest_dim(session.specs, session.budget, session.space.align)
-        gates = [torch.zeros_like(gate) for gate in session.gates]
-        for gate in gates:
-            gate[:, :dim] = 1
-        session.set_gates(gates)
+    def dims(self, session: "Session", budget: Budget) -> Dims:
+        """Return the dim that was asked for, or the largest that fits."""
+        if self.config.dim is None:
+            return same_dim(session.tables, largest_dim(session.specs, budget, session.space.align))
+        if not fitting_dims(session.specs, budget, [self.config.dim]):
+            raise BudgetError(does_not_fit(session.specs, budget, self.config.dim, "leave out dim, for the largest that fits"))
+        return same_dim(session.tables, self.config.dim)
 
-    @hookimpl
-    def embsearch_search_step(self) -> Mapping[str, float]:
-        """Leave everything as it is."""
-        return {}
 
-    @hookimpl
-    def embsearch_derive(self, session: "Session", budget: Budget | None) -> SizePlan:
-        """Keep the first columns of every table: as many as fit, or as were trained where no budget is kept."""
-        trained = max(int(gate[0].sum()) for gate in session.gates)
-        fitting = trained if budget is None else largest_dim(session.specs, budget, session.space.align)
-        dim = min(trained, fitting)
-        rows = [table.blocks.order for table in session.tables]
-        plans = [TablePlan.nested(s, [min(dim, s.dim)], [order]) for s, order in zip(session.specs, rows, strict=True)]
-        return SizePlan(tuple(plans), session.space.align)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return nothing: the session keeps the gates."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from nothing."""
+def same_dim(tables: Sequence["SearchTable"], dim: int) -> Dims:
+    """Return one dim for all row blocks, cut off at the width of their table."""
+    return [(min(dim, table.spec.dim),) * len(table.blocks.sizes) for table in tables]
 
 
 def largest_dim(specs: Sequence[Table], budget: Budget, align: int) -> int:
@@ -93,21 +74,31 @@ def largest_dim(specs: Sequence[Table], budget: Budget, align: int) -> int:
     Raises:
         BudgetError: where not even the smallest fits.
     """
-    limit = budget.limit(sum(spec.size_bytes for spec in specs))
-    weight = {spec: spec.dtype.itemsize if budget.unit == "bytes" else 1 for spec in specs}
-
-    def cost(dim: int) -> int:
-        return sum(spec.rows * min(dim, spec.dim) * weight[spec] for spec in specs)
-
     widest = max(spec.dim for spec in specs)
-    fitting = [dim for dim in (*range(align, widest, align), widest) if cost(dim) <= limit]
+    fitting = fitting_dims(specs, budget, (*range(align, widest, align), widest))
     if not fitting:
-        smallest = human_bytes(cost(align)) if budget.unit == "bytes" else f"{cost(align):,} parameters"
-        raise BudgetError(
-            f"no uniform dim fits {budget}: dim {align} needs {smallest}.\n  Possible solutions: 1) raise the budget to "
-            f"{smallest}  2) a smaller align (it is {align})."
-        )
+        raise BudgetError(does_not_fit(specs, budget, min(align, widest), f"a smaller align (it is {align})"))
     return fitting[-1]
+
+
+def fitting_dims(specs: Sequence[Table], budget: Budget, dims: Iterable[int]) -> list[int]:
+    """Return those of ``dims`` that all tables can have within ``budget``."""
+    limit = budget.limit(sum(spec.size_bytes for spec in specs))
+    return [dim for dim in dims if _cost(specs, dim, budget.unit) <= limit]
+
+
+def does_not_fit(specs: Sequence[Table], budget: Budget, dim: int, otherwise: str) -> str:
+    """Say that ``dim`` is over the budget, and what to try."""
+    cost = _cost(specs, dim, budget.unit)
+    needed = human_bytes(cost) if budget.unit == "bytes" else f"{cost:,} parameters"
+    return (
+        f"no uniform dim fits {budget}: dim {dim} needs {needed}.\n  Possible solutions: 1) raise the budget to {needed}  "
+        f"2) {otherwise}."
+    )
+
+
+def _cost(specs: Sequence[Table], dim: int, unit: str) -> int:
+    return sum(spec.rows * min(dim, spec.dim) * (spec.dtype.itemsize if unit == "bytes" else 1) for spec in specs)
 
 
 @hookimpl

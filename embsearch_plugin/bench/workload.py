@@ -15,7 +15,7 @@ from embsearch_plugin.collection import Table
 from embsearch_plugin.data.dataset import Field, Schema
 from embsearch_plugin.decorator import prepare
 from embsearch_plugin.fused import FusedEmbeddingBags
-from embsearch_plugin.models import Dlrm
+from embsearch_plugin.models.torchrec_own import Dlrm
 from embsearch_plugin.plan import SizePlan, TablePlan
 from embsearch_plugin.plugins import find_collections
 from embsearch_plugin.search.session import Session

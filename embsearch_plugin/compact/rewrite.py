@@ -1,5 +1,6 @@
 """Rewriting a model in place: compact collections filled from the tables they replace, optimizer state with them."""
 
+import logging
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -16,6 +17,8 @@ from embsearch_plugin.plan import Chunk, SizePlan, TablePlan
 from embsearch_plugin.plugins import build_compact
 from embsearch_plugin.search.tables import SearchedTables
 from embsearch_plugin.supernet.searchable import SearchableEmbeddingBagCollection
+
+log = logging.getLogger(__name__)
 
 
 def slices_of(
@@ -100,6 +103,9 @@ def rewrite(
     """
     by_collection = zip(tables.split(plan.tables), tables.split(folds), strict=True)
     rewritten = [_rewritten(tables, number, *parts) for number, parts in enumerate(by_collection)]
+    rotated = sum(fold.rotation is not None for fold in folds)
+    if rotated:
+        log.info("optimizer state starts anew for %d of %d tables, which are stored in another basis", rotated, len(folds))
     orphans = []
     for found, supernet, (compact, slices) in zip(tables.found, tables.supernets, rewritten, strict=True):
         found.replace_in(model, compact)

@@ -1,11 +1,14 @@
-"""Data sets for recipes: MovieLens-1M, Criteo's logs, and a planted one whose truth is known.
+"""Data sets for recipes: MovieLens, Criteo's, Avazu's and KKBox's logs, and a planted one whose truth is known.
 
 Each is a frozen dataclass that a recipe names by its ``name``; its ``load()`` returns a ``Dataset``.
 """
 
+from embsearch_plugin.data.avazu import Avazu
 from embsearch_plugin.data.criteo import Criteo
+from embsearch_plugin.data.kkbox import KkBox
 from embsearch_plugin.data.movielens import MovieLens1M
+from embsearch_plugin.data.movielens_csv import MovieLensCsv
 from embsearch_plugin.data.planted import Planted
 
-DataConfig = Planted | MovieLens1M | Criteo
-CONFIGS: tuple[type[DataConfig], ...] = (Planted, MovieLens1M, Criteo)
+DataConfig = Planted | MovieLens1M | MovieLensCsv | Criteo | Avazu | KkBox
+CONFIGS: tuple[type[DataConfig], ...] = (Planted, MovieLens1M, MovieLensCsv, Criteo, Avazu, KkBox)

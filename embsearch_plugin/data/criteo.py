@@ -5,10 +5,8 @@ missing. Files of any size are read in chunks of lines, so memory does not grow 
 """
 
 import gzip
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from io import BufferedReader
 from itertools import islice
 from pathlib import Path
 from typing import ClassVar
@@ -19,7 +17,8 @@ import torch
 from torch import Tensor
 from torchrec.datasets.utils import Batch
 
-from embsearch_plugin.data.dataset import Batches, Collate, Dataset, Field, Schema, Split, malformed, require_file
+from embsearch_plugin.data.csv_file import opened
+from embsearch_plugin.data.dataset import Batches, Collate, Dataset, Field, Schema, Split, malformed
 from embsearch_plugin.errors import DataError
 
 INTEGERS = tuple(f"int_{i}" for i in range(13))
@@ -116,25 +115,13 @@ class CriteoBatches(Batches):
 
 def _read(path: Path) -> Iterator[tuple[int, list[bytes]]]:
     """Yield chunks of lines, each with the number of its first line, from 0."""
-    require_file(path, "one of Criteo's logs, and give it as 'path', plain or gzip")
     start = 0
-    with _open(path) as stream:
-        try:
-            while lines := list(islice(stream, CHUNK)):
-                yield start, lines
-                start += len(lines)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise DataError(
-                f"{path} must be a whole gzip file, but after line {start}, got: {error}. Try: download it again."
-            ) from error
+    with opened(path, "one of Criteo's logs, and give it as 'path', plain or gzip") as stream:
+        while lines := list(islice(stream, CHUNK)):
+            yield start, lines
+            start += len(lines)
     if not start:
         raise DataError(f"{path} must hold at least one line, but is empty. Try: download it again.")
-
-
-def _open(path: Path) -> gzip.GzipFile | BufferedReader:
-    with path.open("rb") as stream:
-        magic = stream.read(2)
-    return gzip.open(path) if magic == b"\x1f\x8b" else path.open("rb")
 
 
 def _parse(path: Path, numbers: Sequence[int], lines: Sequence[bytes], rows: int) -> tuple[Tensor, Tensor, Tensor]:

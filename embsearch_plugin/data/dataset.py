@@ -10,29 +10,46 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torchrec.datasets.utils import Batch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from embsearch_plugin.data.bags import Bags
 from embsearch_plugin.errors import DataError
+from embsearch_plugin.tasks import CLICK, Task
 
 Split = Literal["train", "validation", "test"]
+SplitBy = Literal["random", "time"]
 
 
 @dataclass(frozen=True)
 class Field:
-    """One categorical input: the feature's name, and the rows its embedding table needs (ids are ``0 .. rows - 1``)."""
+    """One categorical input: the feature's name, and the rows its embedding table needs (ids are ``0 .. rows - 1``).
+
+    ``multiple``: an example may have several values, or none. Their embeddings are averaged; none give zeros.
+    """
 
     name: str
     rows: int
+    multiple: bool = False
 
 
 @dataclass(frozen=True)
 class Schema:
-    """The inputs of one example: an id for each of F fields, and a number for each name in ``dense``."""
+    """The inputs of one example, and what a model is asked about it.
+
+    Args:
+        fields: an id, or a bag of ids, for each of F fields.
+        dense: the names of the numbers.
+        items: the names of those fields that describe the item, where the others describe its user.
+        task: what a model is asked.
+    """
 
     fields: tuple[Field, ...]
     dense: tuple[str, ...]
+    items: tuple[str, ...] = ()
+    task: Task = CLICK
 
 
 class Batches(ABC):
@@ -75,20 +92,25 @@ class Dataset(ABC):
 
 
 class Collate:
-    """Makes a TorchRec ``Batch`` out of rows that hold one id per field.
+    """Makes a TorchRec ``Batch`` out of rows that hold one id per field, or the number of one of the field's ``bags``.
 
-    As every bag holds one id, lengths and offsets are the same for all batches: they are made once, and shared.
+    Where every bag holds one id, lengths and offsets are the same for all batches: they are made once, and shared.
     """
 
-    def __init__(self, schema: Schema, batch_size: int) -> None:
+    def __init__(self, schema: Schema, batch_size: int, bags: Mapping[str, Bags] | None = None) -> None:
         self._keys = [field.name for field in schema.fields]
+        self._bags = bags or {}
         self._lengths = torch.ones(batch_size * len(self._keys), dtype=torch.int64)
         self._offsets = torch.arange(batch_size * len(self._keys) + 1)
 
     def __call__(self, dense: Tensor, ids: Tensor, labels: Tensor) -> Batch:
         """Take dense (B, n_dense), ids (B, F) of any integer type and labels (B,); B is at most the batch size."""
+        sparse = self._jagged(ids) if self._bags else self._single(ids)
+        return Batch(dense_features=dense, sparse_features=sparse, labels=labels)
+
+    def _single(self, ids: Tensor) -> KeyedJaggedTensor:
         size, bags = len(ids), ids.numel()
-        sparse = KeyedJaggedTensor(
+        return KeyedJaggedTensor(
             keys=self._keys,
             values=ids.to(torch.int64).t().reshape(-1),  # bags lie field by field
             lengths=self._lengths[:bags],
@@ -96,27 +118,50 @@ class Collate:
             stride=size,
             length_per_key=[size] * len(self._keys),  # otherwise TorchRec sums the lengths, and a GPU waits for it
         )
-        return Batch(dense_features=dense, sparse_features=sparse, labels=labels)
+
+    def _jagged(self, ids: Tensor) -> KeyedJaggedTensor:
+        size = len(ids)
+        ones = self._lengths[:size]
+        columns = dict(zip(self._keys, ids.to(torch.int64).unbind(1), strict=True))
+        parts = [self._bags[key].take(ids) if key in self._bags else (ids, ones) for key, ids in columns.items()]
+        return KeyedJaggedTensor(
+            keys=self._keys,
+            values=torch.cat([values for values, _ in parts]).to(torch.int64),
+            lengths=torch.cat([lengths for _, lengths in parts]),
+            stride=size,
+            length_per_key=[len(values) for values, _ in parts],
+        )
 
 
 class TabularDataset(Dataset):
     """A data set in memory.
 
-    Shapes: dense (N, n_dense) float32; ids (N, F) int32, where column f holds ids of ``schema.fields[f]``; labels (N,)
-    float32, 0 or 1; splits: for each split the positions of its examples, int64.
+    Shapes: dense (N, n_dense) float32; ids (N, F) int32, where column f holds ids of ``schema.fields[f]``, or, where the
+    field may have several values, the numbers of ``bags[field.name]``; labels (N,) float32, 0 or 1; splits: for each split
+    the positions of its examples, int64.
     """
 
-    def __init__(self, schema: Schema, dense: Tensor, ids: Tensor, labels: Tensor, splits: Mapping[Split, Tensor]) -> None:
+    def __init__(
+        self,
+        schema: Schema,
+        dense: Tensor,
+        ids: Tensor,
+        labels: Tensor,
+        splits: Mapping[Split, Tensor],
+        bags: Mapping[str, Bags] | None = None,
+    ) -> None:
         self.schema = schema
         self.dense = dense
         self.ids = ids
         self.labels = labels
         self.splits = splits
+        self.bags = bags or {}
 
     def fingerprint(self) -> str:
         """Return a hash of everything, splits included."""
         digest = sha256(repr(self.schema).encode())
-        for tensor in (self.dense, self.ids, self.labels, *(self.splits[split] for split in sorted(self.splits))):
+        bags = [tensor for name in sorted(self.bags) for tensor in (self.bags[name].values, self.bags[name].offsets)]
+        for tensor in (self.dense, self.ids, self.labels, *(self.splits[split] for split in sorted(self.splits)), *bags):
             digest.update(np.ascontiguousarray(tensor.numpy()).data)
         return digest.hexdigest()
 
@@ -133,7 +178,7 @@ class TabularBatches(Batches):
         self._data = data
         self._positions = positions
         self._batch_size = batch_size
-        self._collate = Collate(data.schema, batch_size)
+        self._collate = Collate(data.schema, batch_size, data.bags)
 
     def __len__(self) -> int:
         return math.ceil(len(self._positions) / self._batch_size)
@@ -153,12 +198,28 @@ def random_split(n: int, fractions: tuple[float, float, float], seed: int) -> di
     Raises:
         DataError: the fractions are negative or do not add up to one.
     """
+    parts = _cut(np.random.default_rng(seed).permutation(n), fractions)
+    return {split: torch.from_numpy(np.sort(part)) for split, part in parts.items()}
+
+
+def time_split(times: NDArray[np.int64], fractions: tuple[float, float, float]) -> dict[Split, Tensor]:
+    """Deal positions by time: the earliest to train, the next to validation, the latest to test; each part is in time order.
+
+    What happened at the same time keeps its order, and may be cut apart.
+
+    Raises:
+        DataError: the fractions are negative or do not add up to one.
+    """
+    return {split: torch.from_numpy(part) for split, part in _cut(np.argsort(times, kind="stable"), fractions).items()}
+
+
+def _cut(positions: NDArray[np.int64], fractions: tuple[float, float, float]) -> dict[Split, NDArray[np.int64]]:
     if min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
         raise DataError(f"split must be three fractions that add up to 1, got {fractions}. Try: (0.8, 0.1, 0.1).")
+    n = len(positions)
     ends = [round(n * fractions[0]), round(n * (fractions[0] + fractions[1]))]
-    train, validation, test = np.split(np.random.default_rng(seed).permutation(n), ends)
-    parts: dict[Split, np.ndarray] = {"train": train, "validation": validation, "test": test}
-    return {split: torch.from_numpy(np.sort(part)) for split, part in parts.items()}
+    train, validation, test = np.split(positions, ends)
+    return {"train": train, "validation": validation, "test": test}
 
 
 def require_file(path: Path, source: str) -> None:

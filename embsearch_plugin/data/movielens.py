@@ -5,20 +5,36 @@ They are in latin-1, one record per line, with values separated by ``::``:
     ratings.dat   UserID::MovieID::Rating::Timestamp
     users.dat     UserID::Gender::Age::Occupation::Zip-code
     movies.dat    MovieID::Title (Year)::Genre|Genre
+
+For top-k recommendation a fourth file stands beside them, ``leave_one_out.parquet``: see ``data/interactions.py``.
 """
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
+import polars as pl
 import torch
 from numpy.typing import NDArray
 
-from embsearch_plugin.data.dataset import Field, Schema, TabularDataset, malformed, random_split, require_file
-from embsearch_plugin.errors import DataError
+from embsearch_plugin.data.dataset import (
+    Field,
+    Schema,
+    Split,
+    SplitBy,
+    TabularDataset,
+    malformed,
+    random_split,
+    require_file,
+    time_split,
+)
+from embsearch_plugin.data.interactions import Ratings, occurring, rating_dataset, top_k_dataset
+from embsearch_plugin.data.ranking import RankingDataset
+from embsearch_plugin.errors import DataError, did_you_mean
+from embsearch_plugin.tasks import CLICK, TASKS
 
 # fmt: off
 GENRES = (
@@ -34,40 +50,74 @@ DENSE = ("age", "year", "genres", "user_ratings", "movie_ratings")
 
 @dataclass(frozen=True)
 class MovieLens1M:
-    """Will a user like a movie? The label is 1 for 4 or 5 stars. ``path`` is the folder of the three files.
+    """Users and movies. ``path`` is the folder of the files; ``task`` is what is asked of them.
 
-    Categorical, 25 fields: user, gender, age, occupation, zip, movie, year of release, and a flag for each of the 18
-    genres. Vocabularies come from the whole of users.dat and movies.dat. So no split holds an unseen value, but the
-    rows of values without a rating in the training split stay untrained.
+    ``click``: will a user like a movie? The label is 1 for 4 or 5 stars. Categorical, 25 fields: user, gender, age,
+    occupation, zip, movie, year of release, and a flag for each of the 18 genres. Vocabularies come from the whole of
+    users.dat and movies.dat. So no split holds an unseen value, but the rows of values without a rating in the training
+    split stay untrained.
 
     Dense, 5 numbers: the user's age (the code of the age group, which is its lowest age), the movie's year and number
     of genres, and log(1 + n) for the n ratings that the user, and the movie, have in the training split. All are
     standardised with the mean and the standard deviation of the training split.
 
-    The ratings are split at random, as ``seed`` decides, into the fractions ``split``.
+    ``rating``: how many stars will she give? Two fields, user and movie, as in dnis.txt, 3.1, and no numbers.
+
+    ``top-k``: which movie will she rate next? Two fields, user and movie, as in nis.txt, A.1.1: every rating is a positive,
+    whatever its stars. The last rating of each user is for test, with the negatives of leave_one_out.parquet.
+
+    The vocabularies of the last two are the users and movies that occur in ratings.dat (6,040 and 3,706).
+
+    The ratings are split into the fractions ``split``: at ``random``, as ``seed`` decides, or by ``time``, so that a model is
+    validated and tested on what came after its training split. For top-k the test split is given, and ``split[1]`` is the
+    share of the other ratings, at random, that is for validation.
     """
 
     name: ClassVar[str] = "movielens-1m"
 
     path: str
     split: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    split_by: SplitBy = "random"
     seed: int = 0
+    task: Literal["click", "rating", "top-k"] = "click"
 
-    def load(self) -> TabularDataset:
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise ValueError(f"unknown task {self.task!r}.{did_you_mean(self.task, TASKS)}")
+        if self.task == "top-k" and self.split_by != "random":
+            raise ValueError("split_by must be random for the task top-k, whose test split is given in leave_one_out.parquet")
+
+    def load(self) -> TabularDataset | RankingDataset:
         """Read the files; the full data set takes about two seconds.
 
         Raises:
-            DataError: a file is missing, empty or malformed, or the fractions do not add up to one.
+            DataError: a file is missing, empty or malformed, the fractions do not add up to one, or the split is by time and
+                not every time is known (GroupLens's own file has them all).
         """
         folder = Path(self.path)
         users, movies = _read_users(folder / "users.dat"), _read_movies(folder / "movies.dat")
-        user, movie, stars = _read_ratings(folder / "ratings.dat", users.position, movies.position)
-        splits = random_split(len(stars), self.split, self.seed)
+        ratings = _read_ratings(folder / "ratings.dat", users.position, movies.position)
+        if self.task == "click":
+            return self._clicks(ratings, users, movies)
+        log = _log(ratings, users.position, movies.position)
+        if self.task == "rating":
+            return rating_dataset(log, "movie", self._splits(ratings[3]))
+        return top_k_dataset(log, "movie", folder / "leave_one_out.parquet", self.split[1], self.seed)
+
+    def _splits(self, times: NDArray[np.int64]) -> dict[Split, torch.Tensor]:
+        if self.split_by == "random":
+            return random_split(len(times), self.split, self.seed)
+        _require_times(Path(self.path) / "ratings.dat", times)
+        return time_split(times, self.split)
+
+    def _clicks(self, ratings: NDArray[np.int64], users: "_Entities", movies: "_Entities") -> TabularDataset:
+        user, movie, stars, times = ratings
+        splits = self._splits(times)
         train = splits["train"].numpy()
         numbers = [users.numbers[user], movies.numbers[movie], _log_count(user, train), _log_count(movie, train)]
         return TabularDataset(
-            schema=Schema(users.fields + movies.fields, DENSE),
-            dense=torch.from_numpy(_standardise(np.column_stack(numbers), train)),
+            schema=Schema(users.fields + movies.fields, DENSE, MOVIE_FIELDS, CLICK),
+            dense=torch.from_numpy(standardise(np.column_stack(numbers), train)),
             ids=torch.from_numpy(np.concatenate([users.ids[user], movies.ids[movie]], axis=1)),
             labels=torch.from_numpy(stars >= 4).float(),
             splits=splits,
@@ -137,19 +187,35 @@ def _read_movies(path: Path) -> _Entities:
     return _Entities(position, fields, ids, np.column_stack([years, np.sum(flags, axis=1)]).astype(float))
 
 
-def _read_ratings(path: Path, users: dict[str, int], movies: dict[str, int]) -> NDArray[np.int32]:
-    """Return three rows: positions of the users, positions of the movies, stars."""
+def _read_ratings(path: Path, users: dict[str, int], movies: dict[str, int]) -> NDArray[np.int64]:
+    """Return four rows: positions of the users, positions of the movies, stars, times."""
     ratings = []
-    for number, (user, movie, stars, _) in _lines(path, ("UserID", "MovieID", "Rating", "Timestamp")):
+    for number, (user, movie, stars, time) in _lines(path, ("UserID", "MovieID", "Rating", "Timestamp")):
         try:
-            ratings.append((users[user], movies[movie], STARS[stars]))
+            ratings.append((users[user], movies[movie], STARS[stars], int(time)))
+        except ValueError:
+            raise malformed(path, number, "Timestamp", "an integer", time) from None
         except KeyError:
             if user not in users:
                 raise malformed(path, number, "UserID", "a user of users.dat", user) from None
             if movie not in movies:
                 raise malformed(path, number, "MovieID", "a movie of movies.dat", movie) from None
             raise malformed(path, number, "Rating", "1, 2, 3, 4 or 5", stars) from None
-    return np.array(ratings, dtype=np.int32).T
+    return np.array(ratings, dtype=np.int64).T
+
+
+def _require_times(path: Path, times: NDArray[np.int64]) -> None:
+    unknown = np.flatnonzero(times <= 0)
+    if len(unknown):
+        raise DataError(
+            f"{path}, line {unknown[0] + 1}, column 'Timestamp': must be above 0 where ratings are split by time, got "
+            f"{times[unknown[0]]} ({len(unknown)} such lines). Try: split_by: random, or GroupLens's own file."
+        )
+
+
+def _log(ratings: NDArray[np.int64], users: dict[str, int], movies: dict[str, int]) -> Ratings:
+    (rated_by, user), (rated, movie) = occurring(users, ratings[0]), occurring(movies, ratings[1])
+    return Ratings(rated_by, rated, torch.from_numpy(np.column_stack([user, movie])), torch.from_numpy(ratings[2]))
 
 
 def _integer(path: Path, number: int, column: str, value: str) -> int:
@@ -164,12 +230,13 @@ def _encode(values: Sequence[int | str]) -> NDArray[np.int64]:
     return np.unique(values, return_inverse=True)[1]
 
 
-def _log_count(positions: NDArray[np.int32], train: NDArray[np.int64]) -> NDArray[np.float64]:
+def _log_count(positions: NDArray[np.int64], train: NDArray[np.int64]) -> NDArray[np.float64]:
     """Return log(1 + n) for each rating, where n training ratings have the same position."""
     return np.log1p(np.bincount(positions[train], minlength=positions.max() + 1))[positions]
 
 
-def _standardise(numbers: NDArray[np.float64], train: NDArray[np.int64]) -> NDArray[np.float32]:
+def standardise(numbers: NDArray[np.float64], train: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Return numbers (N, columns) with mean 0 and standard deviation 1 in the training examples."""
     deviation = numbers[train].std(0)
     deviation[deviation == 0] = 1  # a column without variation becomes zero
     standard: NDArray[np.float64] = (numbers - numbers[train].mean(0)) / deviation
@@ -180,7 +247,8 @@ def write_sample(folder: str | Path, *, users: int = 200, movies: int = 100, rat
     """Write generated users, movies and ratings in GroupLens's format into a folder, which is made if need be.
 
     There is something to learn: stars depend on how much a user likes the movie's genres, and on the movie. A pair is
-    rated once at most, so no more than ``users * movies`` ratings are written.
+    rated once at most, so no more than ``users * movies`` ratings are written. The last of each user is the positive in
+    leave_one_out.parquet, beside movies that she did not rate: 99, or as many as there are for every user.
     """
     rng = np.random.default_rng(seed)
     flags = rng.random((movies, len(GENRES))) < 0.1
@@ -198,9 +266,20 @@ def write_sample(folder: str | Path, *, users: int = 200, movies: int = 100, rat
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "users.dat", range(1, users + 1), genders, ages, occupations, zip_codes)
     _write(folder / "movies.dat", range(1, movies + 1), titles, genres)
-    _write(folder / "ratings.dat", user + 1, movie + 1, stars, range(len(user)))
+    _write(folder / "ratings.dat", user + 1, movie + 1, stars, range(978_300_000, 978_300_000 + len(user)))
+    _write_last(folder / "leave_one_out.parquet", user, movie, rng)
 
 
 def _write(path: Path, *columns: Iterable[object]) -> None:
     records = zip(*columns, strict=True)
     path.write_text("".join("::".join(map(str, record)) + "\n" for record in records), encoding="latin-1")
+
+
+def _write_last(path: Path, user: NDArray[np.int64], movie: NDArray[np.int64], rng: np.random.Generator) -> None:
+    """Write each user's last rating, and movies of others that she did not rate."""
+    last = dict(zip(user.tolist(), movie.tolist(), strict=True))
+    others = {one: rng.permutation(np.setdiff1d(movie, movie[user == one])) for one in last}
+    count = min(99, *map(len, others.values()))
+    negatives = [(movies[:count] + 1).tolist() for movies in others.values()]
+    columns = {"user": [one + 1 for one in last], "positive": [one + 1 for one in last.values()], "negatives": negatives}
+    pl.DataFrame(columns, schema_overrides={"negatives": pl.List(pl.Int64)}).write_parquet(path)

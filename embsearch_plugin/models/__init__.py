@@ -1,95 +1,15 @@
-"""The models that recipes name: TorchRec's own, built for a data set's schema."""
+"""The models that recipes name, built for a data set's schema.
 
-from dataclasses import dataclass
-from typing import ClassVar
+Each is a frozen dataclass with a ``name``; its ``build(schema)`` returns a train task. TorchRec's own are for clicks, the
+others for every task.
+"""
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torchrec.datasets.utils import Batch
-from torchrec.models.deepfm import SimpleDeepFMNN
-from torchrec.models.dlrm import DLRM, DLRMTrain
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from embsearch_plugin.models.fm import Fm
+from embsearch_plugin.models.mf import Mf
+from embsearch_plugin.models.mlp import Mlp
+from embsearch_plugin.models.neumf import NeuMf
+from embsearch_plugin.models.torchrec_own import DeepFm, Dlrm
+from embsearch_plugin.models.wide_deep import WideDeep
 
-from embsearch_plugin.data.dataset import Schema
-
-
-def collection_for(schema: Schema, dim: int) -> EmbeddingBagCollection:
-    """Return a collection with one table of width ``dim`` per field."""
-    return EmbeddingBagCollection(
-        [
-            EmbeddingBagConfig(name=f"t_{field.name}", num_embeddings=field.rows, embedding_dim=dim, feature_names=[field.name])
-            for field in schema.fields
-        ]
-    )
-
-
-@dataclass(frozen=True)
-class Dlrm:
-    """TorchRec's ``DLRM`` in its ``DLRMTrain``.
-
-    Args:
-        embedding_dim: D of every table, and of the dense arch's output.
-        dense_layers: widths of the dense arch before its last layer, which has D.
-        over_layers: widths of the over arch before its last layer, which has one.
-    """
-
-    name: ClassVar[str] = "dlrm"
-    embedding_dim: int = 32
-    dense_layers: tuple[int, ...] = (64,)
-    over_layers: tuple[int, ...] = (128, 64)
-
-    def build(self, schema: Schema) -> nn.Module:
-        """Build the train task: ``loss, (loss, logits, labels) = model(batch)``."""
-        return DLRMTrain(
-            DLRM(
-                collection_for(schema, self.embedding_dim),
-                len(schema.dense),
-                [*self.dense_layers, self.embedding_dim],
-                [*self.over_layers, 1],
-            )
-        )
-
-
-@dataclass(frozen=True)
-class DeepFm:
-    """TorchRec's ``SimpleDeepFMNN``.
-
-    Its factorization machine flattens all rows of an example into one vector of F x D entries and squares their one sum: rows
-    interact through the sums of their entries, not through dot products as in Rendle (2010) and the DeepFM paper.
-
-    Args:
-        embedding_dim: D of every table.
-        hidden_layer: width of the dense arch's hidden layer.
-        deep_layer: width of the deep part's output.
-    """
-
-    name: ClassVar[str] = "deepfm"
-    embedding_dim: int = 32
-    hidden_layer: int = 64
-    deep_layer: int = 128
-
-    def build(self, schema: Schema) -> nn.Module:
-        """Build the train task: ``loss, (loss, logits, labels) = model(batch)``."""
-        collection = collection_for(schema, self.embedding_dim)
-        return DeepFmTrain(SimpleDeepFMNN(len(schema.dense), collection, self.hidden_layer, self.deep_layer))
-
-
-class DeepFmTrain(nn.Module):
-    """What DLRMTrain is for DLRM. SimpleDeepFMNN ends in a sigmoid, so the loss is that of probabilities."""
-
-    def __init__(self, model: SimpleDeepFMNN) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """Return ``loss, (loss, logits, labels)`` for a batch."""
-        probabilities = self.model(batch.dense_features, batch.sparse_features).squeeze(-1)
-        labels = batch.labels.float()
-        loss = F.binary_cross_entropy(probabilities, labels)
-        return loss, (loss.detach(), torch.logit(probabilities.detach(), eps=1e-7), labels)
-
-
-ModelConfig = Dlrm | DeepFm
-CONFIGS: tuple[type[ModelConfig], ...] = (Dlrm, DeepFm)
+ModelConfig = Dlrm | DeepFm | Mf | Mlp | NeuMf | Fm | WideDeep
+CONFIGS: tuple[type[ModelConfig], ...] = (Dlrm, DeepFm, Mf, Mlp, NeuMf, Fm, WideDeep)

@@ -8,8 +8,9 @@ from matplotlib.figure import Figure
 
 from embsearch_plugin.budget import human_bytes
 from embsearch_plugin.report.inputs import Metrics
-from embsearch_plugin.report.results import Metric, Result, common_metric, dense, results
+from embsearch_plugin.report.results import Result, common_metric, dense, results
 from embsearch_plugin.report.svg import INK, LINES, WIDTH, inline_svg, label, page_style
+from embsearch_plugin.tasks import Metric
 
 MARKERS = "osD^vP"  # with the colours, so that lines differ in print and to the colour-blind too
 
@@ -17,7 +18,7 @@ MARKERS = "osD^vP"  # with the colours, so that lines differ in print and to the
 def comparison_figure(metrics: Metrics) -> Markup | None:
     """Draw the test metric over bytes: means over seeds with their spreads; the dense model's as a band behind them."""
     found = [result for result in results(metrics) if result.chosen]
-    metric, reference = common_metric(found), dense(found)
+    metric, reference = common_metric(found, metrics.task), dense(found)
     lines = _lines(found)
     if metric is None or not lines:
         return None

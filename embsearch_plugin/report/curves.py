@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from embsearch_plugin.report.svg import LINES, WIDTH, inline_svg, label, page_style
+from embsearch_plugin.tasks import TASKS
 
 Rows = list[dict[str, Any]]
 """What was recorded, a row per search step or epoch."""
@@ -22,8 +23,7 @@ Panels = Mapping[str, Mapping[str, Series]]
 """By what was measured, the lines of a panel by name."""
 
 _TITLES = {
-    "auc": "validation AUC",
-    "log_loss": "validation log loss",
+    **{metric.key: f"validation {metric.name}" for task in TASKS.values() for metric in task.metrics},
     "loss": "validation loss",
     "train_loss": "training loss",
 }

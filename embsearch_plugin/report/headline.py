@@ -5,7 +5,8 @@ from typing import Any
 from embsearch_plugin.budget import human_bytes
 from embsearch_plugin.report.inputs import Budget, Metrics, checked
 from embsearch_plugin.report.numbers import DIGITS, Estimate, measure
-from embsearch_plugin.report.results import Metric, Result, common_metric, dense, results
+from embsearch_plugin.report.results import Result, common_metric, dense, results
+from embsearch_plugin.tasks import Metric, Task
 
 
 def headline(metrics: Metrics | dict[str, Any]) -> str:
@@ -20,18 +21,18 @@ def headline(metrics: Metrics | dict[str, Any]) -> str:
 def sentences(metrics: Metrics) -> list[str]:
     """Say for each budget which method is best on the test set, then what the dense model reaches and what ± means.
 
-    The best has the highest mean test AUC over seeds (the lowest log loss where an AUC is undefined). It wins if it leads
-    every other by more than the larger of both spreads; those it does not lead by so much are named beside it. The
-    recipe's own algorithm is named in any case.
+    The best has the best mean over seeds of the task's first metric: of clicks the test AUC, or the log loss where an AUC is
+    undefined. It wins if it leads every other by more than the larger of both spreads; those it does not lead by so much are
+    named beside it. The recipe's own algorithm is named in any case.
     """
     found = results(metrics)
-    by_budget = [_sentence(budget, [r for r in found if r.budget == budget], metrics.algorithm) for budget in metrics.budgets]
-    return [*by_budget, _reference(dense(found)), *_spread(found)]
+    by_budget = [_sentence(metrics, budget, [r for r in found if r.budget == budget]) for budget in metrics.budgets]
+    return [*by_budget, _reference(dense(found), metrics.task), *_spread(found)]
 
 
-def _sentence(budget: Budget, found: list[Result], algorithm: str) -> str:
+def _sentence(metrics: Metrics, budget: Budget, found: list[Result]) -> str:
     tested = [result for result in found if result.chosen]
-    metric = common_metric(tested)
+    metric = common_metric(tested, metrics.task)
     if not tested:
         return f"At {budget.text}, {_nothing(found)}."
     if metric is None:
@@ -41,7 +42,7 @@ def _sentence(budget: Budget, found: list[Result], algorithm: str) -> str:
     over = "".join(
         f" But {result.method} is {human_bytes(result.excess)} over the budget." for result in tested if result.excess > 0
     )
-    return f"At {budget.text}, {_verdict(tested, metric, algorithm)}{missing}.{over}"
+    return f"At {budget.text}, {_verdict(tested, metric, metrics.algorithm)}{missing}.{over}"
 
 
 def _nothing(found: list[Result]) -> str:
@@ -87,10 +88,10 @@ def _lead(leader: Estimate, other: Estimate, metric: Metric) -> float:
     return round(metric.sign * (leader.mean - other.mean), DIGITS)
 
 
-def _reference(reference: Result | None) -> str:
+def _reference(reference: Result | None, task: Task) -> str:
     if reference is None or reference.size is None:
         return "There is no dense model to compare with."
-    metric = common_metric([reference])
+    metric = common_metric([reference], task)
     figure = f"test {metric.name} {reference.test(metric)}" if metric else "no test metric that is defined,"
     return f"The {reference.method} model, the reference, has {figure} at {human_bytes(reference.size)}."
 

@@ -11,17 +11,10 @@ from typing import Any, Literal, TypeVar
 import cattrs
 
 from embsearch_plugin.errors import RunFolderError
+from embsearch_plugin.tasks import CLICK, TASKS, Score, Task
 
 Number = float | None
 """A measurement; None where it is undefined, as the AUC of a single class is."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """The quality of one model on one split."""
-
-    auc: Number
-    log_loss: Number
 
 
 @dataclass(frozen=True)
@@ -34,10 +27,11 @@ class Budget:
 
 @dataclass(frozen=True)
 class Cell:
-    """One trained model: a method at a budget, from one seed, with one trial's training settings.
+    """One trained model: an allocation of a method at a budget, from one seed, with one trial's training settings.
 
     ``status`` is ``done``, or else the word for why there are no figures (``infeasible``), which ``reason`` explains.
-    The chosen cells of a method at a budget share one trial, differ in seed, and are the only ones that were tested.
+    The chosen cells of a method at a budget share one trial and one allocation, differ in seed, and are the only ones that
+    were tested.
     """
 
     method: str
@@ -55,6 +49,7 @@ class Cell:
     stages: dict[str, list[dict[str, Any]]]
     folder: str
     capped: list[str] = field(default_factory=list)  # stages that ended because the epochs were used up
+    allocation: str = ""  # what tells it from the others that the method tried; empty where it tries one
 
     @property
     def done(self) -> bool:
@@ -75,6 +70,7 @@ class Metrics:
     cells: list[Cell]
     course: list[dict[str, Any]]
     rows: dict[str, str] = field(default_factory=dict)  # from plugins, by the hook embsearch_report_rows
+    task: Task = CLICK  # by its name
 
 
 @dataclass(frozen=True)
@@ -161,6 +157,7 @@ def finite(value: Any) -> float | None:
 
 _converter = cattrs.Converter()
 _converter.register_structure_hook(Number, lambda value, _: finite(value))
+_converter.register_structure_hook(Task, lambda value, _: TASKS[value])
 
 
 def _malformed(where: str, problems: list[str]) -> RunFolderError:
@@ -178,6 +175,10 @@ def _contradictions(metrics: Metrics) -> Iterator[str]:
             yield f"a cell that is done has bytes and validation figures {at}"
         if cell.chosen and not (cell.done and cell.test):
             yield f"a cell that is chosen is done and has test figures {at}"
+        for split, score in (("validation", cell.validation), ("test", cell.test)):
+            missing = [metric.key for metric in metrics.task.metrics if score is not None and metric.key not in score]
+            if missing:
+                yield f"a {metrics.task.name} model has figures for {', '.join(missing)} {at}.{split}"
     yield from _doubtful_groups([cell for cell in metrics.cells if cell.chosen])
 
 
@@ -190,5 +191,7 @@ def _doubtful_groups(chosen: list[Cell]) -> Iterator[str]:
         name = f"{method} at {budget}" if budget else method
         if any(cell.trial != cells[0].trial for cell in cells):
             yield f"the chosen cells of {name} have different trials @ metrics.cells"
+        if any(cell.allocation != cells[0].allocation for cell in cells):
+            yield f"the chosen cells of {name} have different allocations @ metrics.cells"
         if len({cell.seed for cell in cells}) < len(cells):
             yield f"a seed of {name} is chosen twice @ metrics.cells"

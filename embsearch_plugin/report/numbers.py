@@ -7,7 +7,7 @@ from embsearch_plugin.report.inputs import Number
 
 __all__ = ["DIGITS", "TIMES", "UNDEFINED", "Estimate", "dim_text", "measure", "percent", "ratio"]
 
-DIGITS = 4  # of an AUC or a log loss
+DIGITS = 4  # of a metric
 UNDEFINED = "\N{EN DASH}"
 TIMES = "\N{MULTIPLICATION SIGN}"
 
@@ -35,7 +35,7 @@ class Estimate:
 
 
 def measure(value: float) -> str:
-    """Return an AUC, a log loss or a difference of two: ``0.8034``."""
+    """Return a metric, or a difference of two: ``0.8034``."""
     return f"{value:.{DIGITS}f}"
 
 

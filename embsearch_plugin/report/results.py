@@ -5,25 +5,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from embsearch_plugin.report.inputs import Budget, Cell, Metrics, Number, Score
+from embsearch_plugin.report.inputs import Budget, Cell, Metrics, Number
 from embsearch_plugin.report.numbers import Estimate
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A figure that models are compared by: its field in a :class:`Score`, its name, and 1 if more is better, else -1."""
-
-    field: str
-    name: str
-    sign: int
-
-    def of(self, score: Score | None) -> Number:
-        """Return the figure in ``score``."""
-        return None if score is None else getattr(score, self.field)
-
-
-AUC = Metric("auc", "AUC", 1)
-LOG_LOSS = Metric("log_loss", "log loss", -1)
+from embsearch_plugin.tasks import Metric, Score, Task
 
 
 @dataclass(frozen=True)
@@ -36,7 +20,7 @@ class Result:
 
     @property
     def chosen(self) -> list[Cell]:
-        """The cells that are the result, one per seed. The others only helped to choose the trial."""
+        """The cells that are the result, one per seed. The others only helped to choose the trial and the allocation."""
         return [cell for cell in self.cells if cell.chosen]
 
     @property
@@ -55,6 +39,16 @@ class Result:
                 trials.append(cell.trial)
         return trials
 
+    @property
+    def tried(self) -> list[Cell]:
+        """What the result was chosen from: the models of all trials and allocations that were trained from the first seed."""
+        return [cell for cell in self.cells if cell.seed == self.cells[0].seed and cell.status != "infeasible"]
+
+    @property
+    def losers(self) -> list[Cell]:
+        """The other allocations that were tried with the chosen training settings."""
+        return [cell for cell in self.tried if self.chosen and cell.trial == self.chosen[0].trial and not cell.chosen]
+
     def test(self, metric: Metric) -> Estimate | None:
         """Return the estimate on the test split, or None where it is undefined."""
         return _estimate(metric, [cell.test for cell in self.chosen])
@@ -70,8 +64,12 @@ class Result:
 
     @property
     def seconds(self) -> Number:
-        """All training that a result costs, mean over seeds."""
-        return _mean(cell.seconds for cell in self.chosen)
+        """All training that a result costs, mean over seeds, and what the losing allocations cost.
+
+        What a loser that diverged has cost is not known, and not in it. Trials are not in it: all methods try the same.
+        """
+        mean = _mean(cell.seconds for cell in self.chosen)
+        return None if mean is None else mean + sum(cell.seconds or 0.0 for cell in self.losers)
 
     @property
     def excess(self) -> int:
@@ -98,10 +96,10 @@ def dense(found: Iterable[Result]) -> Result | None:
     return next((result for result in found if result.budget is None and result.chosen), None)
 
 
-def common_metric(found: Iterable[Result]) -> Metric | None:
-    """Return what all results that exist can be compared by: AUC, or log loss where an AUC is undefined, or None."""
+def common_metric(found: Iterable[Result], task: Task) -> Metric | None:
+    """Return the first of the task's metrics that is defined for all results that exist, or None."""
     tested = [result for result in found if result.chosen]
-    return next((metric for metric in (AUC, LOG_LOSS) if all(result.test(metric) for result in tested)), None)
+    return next((metric for metric in task.metrics if all(result.test(metric) for result in tested)), None)
 
 
 def trial_text(trial: dict[str, Any]) -> str:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from embsearch_plugin.budget import human_bytes
 from embsearch_plugin.report.inputs import Cell, Metrics, Number
 from embsearch_plugin.report.numbers import UNDEFINED, Estimate, measure, percent, ratio
-from embsearch_plugin.report.results import AUC, LOG_LOSS, Metric, Result, dense, results, trial_text
+from embsearch_plugin.report.results import Result, dense, results, trial_text
+from embsearch_plugin.tasks import Metric, Task
 
 
 @dataclass(frozen=True)
@@ -26,23 +27,37 @@ class Row:
     figures: dict[str, Figure]
 
 
-NARROW = (
-    "method",
-    "budget",
-    "test AUC",
-    "test log loss",
-    "embedding bytes",
-    "of dense",
-    "time / dense",
-    "seeds",
-)
-"""The columns that fit 80 characters."""
+_COST = ("embedding bytes", "of dense", "time / dense", "seeds")
+
+
+def narrow_columns(metrics: Metrics) -> list[str]:
+    """Return the names of the columns that fit 80 characters: of the task's metrics the first two."""
+    return ["method", "budget", *map(_test, metrics.task.metrics[:2]), *_COST]
 
 
 def columns(metrics: Metrics) -> list[str]:
-    """Return the names of all columns; those of trials only if the run has any."""
+    """Return the names of all columns; those of allocations and of trials only if the run has several."""
+    several = ["allocation"] if any(cell.allocation for cell in metrics.cells) else []
     tuned = ["trial", "trials run"] if any(cell.trial for cell in metrics.cells) else []
-    return ["method", "budget", "test AUC", "test log loss", "val AUC", *NARROW[4:], *tuned]
+    return [
+        "method",
+        "budget",
+        *map(_test, metrics.task.metrics),
+        _val(metrics.task),
+        *_COST[:-1],
+        "training runs",
+        _COST[-1],
+        *several,
+        *tuned,
+    ]
+
+
+def _test(metric: Metric) -> str:
+    return f"test {metric.name}"
+
+
+def _val(task: Task) -> str:
+    return f"val {task.metrics[0].name}"
 
 
 def result_rows(metrics: Metrics) -> list[Row]:
@@ -50,7 +65,7 @@ def result_rows(metrics: Metrics) -> list[Row]:
     found = results(metrics)
     seeds = len({cell.seed for cell in metrics.cells})
     reference = dense(found)
-    return [_row(result, metrics.original_bytes, reference, seeds, _best(result, found)) for result in found]
+    return [_row(result, metrics, reference, seeds, _best(result, found, metrics.task)) for result in found]
 
 
 def footnotes(metrics: Metrics) -> list[str]:
@@ -70,10 +85,10 @@ def _reason(cell: Cell) -> str:
     return " ".join((cell.reason or "no reason given").split())
 
 
-def _best(result: Result, found: Iterable[Result]) -> set[Metric]:
+def _best(result: Result, found: Iterable[Result], task: Task) -> set[Metric]:
     """Return the metrics in which no other method at the result's budget is better; none if there is no other."""
     rivals = [other for other in found if other.budget == result.budget and other is not result]
-    return {metric for metric in (AUC, LOG_LOSS) if _leads(result.test(metric), metric, rivals)}
+    return {metric for metric in task.metrics if _leads(result.test(metric), metric, rivals)}
 
 
 def _leads(ours: Estimate | None, metric: Metric, rivals: list[Result]) -> bool:
@@ -81,17 +96,20 @@ def _leads(ours: Estimate | None, metric: Metric, rivals: list[Result]) -> bool:
     return ours is not None and bool(theirs) and all(metric.sign * (ours.mean - mean) >= 0 for mean in theirs)
 
 
-def _row(result: Result, original: int, reference: Result | None, seeds: int, best: set[Metric]) -> Row:
+def _row(result: Result, metrics: Metrics, reference: Result | None, seeds: int, best: set[Metric]) -> Row:
+    first, *others = metrics.task.metrics
     figures = {
         "method": Figure(result.method),
         "budget": _budget(result),
-        "test AUC": _missing(result) or _tested(result, AUC, best),
-        "test log loss": _tested(result, LOG_LOSS, best),
-        "val AUC": _validated(result),
+        _test(first): _missing(result) or _tested(result, first, best),
+        **{_test(metric): _tested(result, metric, best) for metric in others},
+        _val(metrics.task): _validated(result, first),
         "embedding bytes": _size(result),
-        "of dense": Figure(UNDEFINED if result.size is None else percent(result.size, original)),
+        "of dense": Figure(UNDEFINED if result.size is None else percent(result.size, metrics.original_bytes)),
         "time / dense": _time(result, reference),
+        "training runs": Figure(str(len(result.tried)) if result.tried else UNDEFINED),
         "seeds": _seeds(result, seeds),
+        "allocation": _allocation(result, metrics.task.loss),
         "trial": Figure(next((trial_text(cell.trial) for cell in result.chosen), "") or UNDEFINED),
         "trials run": Figure(str(len(result.trials)), "; ".join(filter(None, map(trial_text, result.trials)))),
     }
@@ -118,8 +136,8 @@ def _tested(result: Result, metric: Metric, best: set[Metric]) -> Figure:
     return Figure(str(estimate), exact, metric in best)
 
 
-def _validated(result: Result) -> Figure:
-    estimate = result.validation(AUC)
+def _validated(result: Result, metric: Metric) -> Figure:
+    estimate = result.validation(metric)
     return Figure(UNDEFINED) if estimate is None else Figure(measure(estimate.mean), str(estimate))
 
 
@@ -133,7 +151,18 @@ def _size(result: Result) -> Figure:
 
 def _time(result: Result, reference: Result | None) -> Figure:
     seconds = [None if cell.seconds is None else f"{cell.seconds:,.1f} s, {cell.epochs} epochs" for cell in result.chosen]
-    return Figure(ratio(result.seconds, reference.seconds if reference else None), _by_seed(result.chosen, seconds))
+    lost = [f"{len(result.losers)} losing allocations: {sum(cell.seconds or 0.0 for cell in result.losers):,.1f} s"]
+    exact = "; ".join([_by_seed(result.chosen, seconds), *(lost if result.losers else [])])
+    return Figure(ratio(result.seconds, reference.seconds if reference else None), exact)
+
+
+def _allocation(result: Result, loss: Metric) -> Figure:
+    """Return the chosen allocation; behind it the validation loss of all with the chosen training settings."""
+    if not result.chosen or not result.chosen[0].allocation:
+        return Figure(UNDEFINED)
+    known = [(cell, loss.of(cell.validation)) for cell in (result.chosen[0], *result.losers)]
+    losses = [f"{cell.allocation}: {cell.status if value is None else measure(value)}" for cell, value in known]
+    return Figure(result.chosen[0].allocation, f"validation {loss.name}, {'; '.join(losses)}")
 
 
 def _seeds(result: Result, seeds: int) -> Figure:

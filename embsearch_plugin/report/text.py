@@ -8,11 +8,11 @@ from rich.table import Table
 from rich.text import Text
 
 from embsearch_plugin.report.inputs import Metrics, checked
-from embsearch_plugin.report.rows import NARROW, Figure, columns, footnotes, result_rows
+from embsearch_plugin.report.rows import Figure, columns, footnotes, narrow_columns, result_rows
 
 __all__ = ["results_markdown", "results_table"]
 
-_WORDS = {"method", "budget", "trial"}  # columns that hold words, at the left
+_WORDS = {"method", "budget", "allocation", "trial"}  # columns that hold words, at the left
 
 
 def results_table(metrics: Metrics | dict[str, Any]) -> Table:
@@ -23,7 +23,8 @@ def results_table(metrics: Metrics | dict[str, Any]) -> Table:
     """
     metrics = checked(metrics)
     table = Table(box=box.SIMPLE, show_edge=False, padding=0)  # the box itself leaves a space between columns
-    for name in NARROW:
+    names = narrow_columns(metrics)
+    for name in names:
         words = name in _WORDS
         table.add_column(
             "\n".join(name.rsplit(" ", 1)), justify="left" if words else "right", no_wrap=not words, overflow="fold"
@@ -31,7 +32,7 @@ def results_table(metrics: Metrics | dict[str, Any]) -> Table:
     rows = result_rows(metrics)
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         last = following is not None and following.budget != row.budget
-        table.add_row(*(_styled(row.figures[name]) for name in NARROW), end_section=last)
+        table.add_row(*(_styled(row.figures[name]) for name in names), end_section=last)
     notes = footnotes(metrics)
     table.caption = Text("\n".join(notes)) if notes else None
     table.caption_justify = "left"

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import pluggy
@@ -23,6 +24,7 @@ from embsearch_plugin.hookspecs import PROJECT, SessionHooks
 from embsearch_plugin.optimizers import check_hook_fires
 from embsearch_plugin.plan import SizePlan, mismatch
 from embsearch_plugin.plugins import manager
+from embsearch_plugin.randomness import private_random
 from embsearch_plugin.search.objective import Objective, Outcome, move, outcome_of, train_task, untouched
 from embsearch_plugin.search.ranking import Frequencies, Ranking
 from embsearch_plugin.search.second_order import after_weight_step
@@ -66,9 +68,10 @@ class Session:
         self._observers = [o for some in manager().hook.embsearch_register_observers(session=self) for o in some]
         self._plugins = _plugins_of(self.algorithm, self._observers)  # before the model is touched: it may fail
         # None once the search is over
-        self._searched: SearchedTables | None = SearchedTables(
-            model, self.space, fused, algorithm.form, folds_gates=algorithm.folds_gates
-        )
+        self._searched: SearchedTables | None
+        form = partial(algorithm.form, space=self.space)
+        with private_random(seed):  # of which forms draw their parameters
+            self._searched = SearchedTables(model, self.space, fused, form, folds_gates=algorithm.folds_gates)
         self._ranking = Ranking(self._tables, self.space, frequencies, self._run_to_count)
         model.__dict__[ATTRIBUTE] = self
         self._pre_hook = model.register_forward_pre_hook(_before_forward, with_kwargs=True)
@@ -166,11 +169,12 @@ class Session:
         return [move(batch, self._tables.device) for batch in self._validation.first(count)]
 
     def row_gradients(self, batch: Any) -> list[Tensor]:
-        """Return the gradients of the loss, summed over examples, with respect to looked-up rows: per table float32 (n, D).
+        """Return rows whose outer products add up to the mean of g g^T over the batch's examples: per table float32 (n, D).
 
-        A row of the result stands for a bag that is not empty. Its square is the sum over the bag's ids, of which each
-        has the gradient of the bag's output (divided by their number, where a table is averaged); weights of ids are not
-        looked at. The loss is taken to be a mean over examples. Leaves no trace in the model.
+        g is the gradient of an example's loss with respect to a looked-up row, summed over its lookups in g g^T; the loss is
+        taken to be a mean over examples. There is a row for each bag that is not empty: all its ids have the gradient of
+        the bag's output (divided by their number, where a table is averaged). Weights of ids are not looked at. Leaves no
+        trace in the model.
         """
         with self._own_forward(), self._tables.capturing() as captured:
             outcome = outcome_of(self._objective, self.model, batch)
@@ -305,12 +309,11 @@ class Session:
     def _on_first_usable(self, next_batch: Callable[[], Any], tries: int = 1000) -> Mapping[str, float]:
         """Take a search step on the first batch with enough examples (two, where the model has batch norm)."""
         smallest = 2 if _has_batch_norm(self.model) else 1
-        for supernet in self._tables.supernets:
-            supernet.smallest_batch = smallest
         for _ in range(tries):
             batch = move(next_batch(), self._tables.device)
             try:
-                metrics = self._plugins.hook.embsearch_search_step(session=self, step=self.step_count, batch=batch)
+                with self._tables.at_least(smallest):
+                    metrics = self._plugins.hook.embsearch_search_step(session=self, step=self.step_count, batch=batch)
                 return cast(Mapping[str, float], metrics)
             except TooSmallBatch:
                 log.info("skipped a validation batch of fewer than %d examples", smallest)

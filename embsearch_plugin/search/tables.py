@@ -55,7 +55,7 @@ class SearchedTables:
         self.specs: list[Table] = [table for found in self.found for table in found.tables]
         forms = [[made for table in found.tables if (made := form(table)) is not None] for found in self.found]
         if fused is not None:
-            _check_widths(self.specs, space)
+            check_fused_widths(self.specs, space)
         self.supernets = [
             cast(SearchableEmbeddingBagCollection, build_supernet(f, own)) for f, own in zip(self.found, forms, strict=True)
         ]
@@ -131,6 +131,17 @@ class SearchedTables:
             for supernet, part in zip(self.supernets, self.split(gates), strict=True):
                 stack.enter_context(supernet.searching(part, virtual, group))
             yield
+
+    @contextmanager
+    def at_least(self, examples: int) -> Iterator[None]:
+        """Within it, searching on a batch of fewer examples raises ``TooSmallBatch``."""
+        for supernet in self.supernets:
+            supernet.smallest_batch = examples
+        try:
+            yield
+        finally:
+            for supernet in self.supernets:
+                supernet.smallest_batch = 1
 
     @contextmanager
     def capturing(self) -> Iterator[list[Captured]]:
@@ -236,7 +247,12 @@ def refuse_ties(model: nn.Module, found: FoundCollection) -> None:
             )
 
 
-def _check_widths(specs: Sequence[Table], space: SearchSpace) -> None:
+def check_fused_widths(specs: Sequence[Table], space: SearchSpace) -> None:
+    """Make sure that fused kernels can store the tables, whole and cut.
+
+    Raises:
+        SpaceError: naming the table they cannot.
+    """
     for spec in specs:
         if spec.dim % 4 or space.align % 4:
             raise SpaceError(

@@ -4,6 +4,7 @@ A form belongs to one table. Rows of W columns are looked up and pooled; the for
 multiply the rows, block by block, before it (W of them), or weigh candidates inside it (as many as it likes, one row block).
 """
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -26,13 +27,26 @@ class Form(nn.Module):
         self.width, self.n_gates = width, n_gates
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """Return the table's output (B, D).
+        """Return the output of a table's bags (n, D): those of one feature after the other's, example by example.
 
         Args:
-            inputs: what is pooled (B, W), gated; or, for a form that weighs, not gated, and then the gates, (1, C) or (B, C).
+            inputs: what is pooled (n, W), gated; or, for a form that weighs, not gated, and then the gates, (1, C) or (n, C).
         """
         output: Tensor = super().__call__(*inputs)
         return output
+
+    @classmethod
+    def together(cls, forms: Sequence["Form"], pooled: Tensor, gates: Sequence[Tensor]) -> Tensor | None:
+        """Return the outputs of all tables (B, sum of D) at once; ``None``, as here, where that is no quicker than one by one.
+
+        Asked for where one feature reads each table.
+
+        Args:
+            forms: of all tables.
+            pooled: side by side, (B, sum of W).
+            gates: per table (1, C), where the forms weigh.
+        """
+        return None
 
 
 class Projection(Form):
@@ -43,5 +57,5 @@ class Projection(Form):
         self.weight = nn.Parameter(torch.eye(dim))
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """Return ``pooled`` (B, W) projected, (B, D)."""
+        """Return ``pooled`` (n, W) projected, (n, D)."""
         return pooled.float() @ self.weight

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from math import gcd, prod
 from typing import Any
 
@@ -79,11 +80,12 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         super().__init__()
         self.inner = inner
         self.tables = tuple(tables)
-        self.forms = nn.ModuleList(forms)
+        self.forms = nn.ModuleList(forms).to(self.device)
         self.weighs = any(form.weighs for form in forms)
         self._configs = list(configs)
         self._weighted: bool = inner.is_weighted()
         self.slots = slots_of(inner.embedding_bag_configs())  # as looked up, W columns each
+        self._widths = [config.embedding_dim for config in inner.embedding_bag_configs()]
         self.output_dims = [slot.dim for slot in slots_of(configs)]
         self._features = list(dict.fromkeys(slot.feature for slot in self.slots))
         self.counts: list[Tensor] | None = None  # per table (V,), while ids are counted
@@ -97,7 +99,7 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self._gates: list[Tensor] = []
         self._blocks: list[Tensor] = []
         if self.weighs:
-            self._gates = [torch.full((1, form.n_gates), 1 / form.n_gates) for form in forms]
+            self._gates = [torch.full((1, form.n_gates), 1 / form.n_gates, device=self.device) for form in forms]
         self.next_gates: list[Tensor] | None = None  # of training forwards, in place of the gates; may carry a graph
         self._candidates: list[Tensor] | None = None  # gates of a search step, in place of either
         self._used: list[Tensor] = []  # the gates of the forward that is running
@@ -125,10 +127,11 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
 
     def set_blocks(self, blocks: Sequence[RowBlocks], device: torch.device) -> None:
         """Say which row is in which block. Gates start at one; later calls keep them."""
-        widths = [config.embedding_dim for config in self.inner.embedding_bag_configs()]
         self._blocks = [cut.lookup().to(device) for cut in blocks]
         if self._pieces is None and not self.weighs:
-            self._gates = [torch.ones(len(cut.sizes), width, device=device) for width, cut in zip(widths, blocks, strict=True)]
+            self._gates = [
+                torch.ones(len(b.sizes), width, device=device) for width, b in zip(self._widths, blocks, strict=True)
+            ]
         self._pieces = _Pieces(self.slots, [len(cut.sizes) for cut in blocks])
 
     def set_gates(self, gates: Sequence[Tensor]) -> None:
@@ -147,9 +150,9 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         One where they only say which weights take part, and where the table's form weighs candidates instead.
         """
         gates = self._gates[table]
-        if self.weighs:
-            return gates.new_ones(len(gates), self.table_weight(table).shape[1])
-        return gates if self.folds_gates else torch.ones_like(gates)
+        if self.weighs or not self.folds_gates:
+            return gates.new_ones(len(gates), self._widths[table])
+        return gates
 
     def form_parameters(self, table: int) -> list[nn.Parameter]:
         """Return the parameters of a table's form."""
@@ -256,17 +259,26 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
 
     def _formed(self, values: Tensor) -> Tensor:
         """Let every table's form make its output: (B, sum of dims)."""
-        parts = values.split([slot.dim for slot in self.slots], 1)
-        return torch.cat([self._form(slot, part) for slot, part in zip(self.slots, parts, strict=True)], 1)
+        forms: list[Form] = list(self.forms)  # type: ignore[arg-type]
+        gates = self._used if self.weighs else []
+        if len(self.slots) == len(forms) and not any(gate.dim() == 3 for gate in gates):
+            made = forms[0].together(forms, values, gates)
+            if made is not None:
+                return made
+        widths = [sum(slot.dim for slot in slots) for _, slots in groupby(self.slots, key=lambda slot: slot.table)]
+        return torch.cat([self._form(table, part) for table, part in enumerate(values.split(widths, 1))], 1)
 
-    def _form(self, slot: Slot, pooled: Tensor) -> Tensor:
-        form: Form = self.forms[slot.table]  # type: ignore[assignment]
+    def _form(self, table: int, pooled: Tensor) -> Tensor:
+        """Let a table's form make its output of what is pooled, (B, features x W): all its bags at once."""
+        form: Form = self.forms[table]  # type: ignore[assignment]
+        bags = pooled.reshape(-1, form.width)
         if not self.weighs:
-            return form(pooled)
-        gates = self._used[slot.table]
+            return form(bags).reshape(len(pooled), -1)
+        gates = self._used[table]
         if gates.dim() == 3:
             gates = gates[:, 0].index_select(0, self._groups(len(pooled), len(gates)))
-        return form(pooled, gates)
+            gates = gates.repeat_interleave(len(bags) // len(pooled), 0)
+        return form(bags, gates).reshape(len(pooled), -1)
 
     def _groups(self, batch: int, n_groups: int) -> Tensor:
         """Return the group of each example, (B,)."""
@@ -382,7 +394,7 @@ class Captured:
         parts = gradient.float().split(self.supernet.output_dims, 1)
         for slot, part in zip(self.supernet.slots, parts, strict=True):
             length = lengths[slot.feature]
-            scale = length.float().pow(-0.5 if slot.mean else 0.5) * len(self.values)
+            scale = (length.float().pow(-1 if slot.mean else 1) * len(self.values)).sqrt()
             yield slot.table, (part * scale[:, None])[length > 0]
 
 

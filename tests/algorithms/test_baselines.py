@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import PLAIN, WORLDS, relative_error, searched, train
+from support import PLAIN, WORLDS, relative_error, searched, stored_bytes, train
 
 import embsearch_plugin as es
 from embsearch_plugin.algorithms.uniform import largest_dim
@@ -127,3 +127,41 @@ def test_rounds_that_make_no_sense_are_refused() -> None:
         es.Magnitude(rounds=0)
     with pytest.raises(ValueError, match="1 where fine_grained"):
         es.Magnitude(rounds=2, fine_grained=True)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("budget", ["60%", "25%", es.Budget(params=500)])
+def test_a_fine_grained_plan_keeps_the_largest_weights_that_the_budget_holds(world: str, budget: str | es.Budget) -> None:
+    _, session, _ = searched(WORLDS[world], algorithm=es.Magnitude(warm_up=2, fine_grained=True))
+    plan, budget = session.derive(budget), es.Budget.of(budget)
+    weights = [session.merged_weight(index).abs() for index in range(len(session.tables))]
+    masks = [
+        torch.zeros_like(w, dtype=torch.bool) if p.mask is None else p.mask for w, p in zip(weights, plan.tables, strict=True)
+    ]
+    smallest_kept = min(float(w[mask].min()) for w, mask in zip(weights, masks, strict=True) if mask.any())
+    largest_cut = max(float(w[~mask].max()) for w, mask in zip(weights, masks, strict=True) if not mask.all())
+    assert largest_cut < smallest_kept
+    size = plan.size_bytes if budget.unit == "bytes" else plan.n_params
+    # The next threshold takes all weights of one magnitude, and with them perhaps the index of a table that had none.
+    one_more = [(w >= largest_cut).sum() for w in weights]
+    over = sum(map(int, one_more))
+    if budget.unit == "bytes":
+        widths = [(s, int(n)) for s, n in zip(session.specs, one_more, strict=True) if n]
+        over = sum(n * (s.dtype.itemsize + 1) + 4 * (s.rows + 1) for s, n in widths)  # a column number is one byte
+    assert size <= budget.limit(session.original_bytes) < over
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_fine_grained_plan_is_the_pruned_model_and_trains_on(world: str) -> None:
+    model, session, optimizer = searched(WORLDS[world], algorithm=es.Magnitude(warm_up=2, fine_grained=True), budget="50%")
+    plan = session.derive()
+    pruned = WORLDS[world].collection()
+    for index, (spec, table) in enumerate(zip(session.specs, plan.tables, strict=True)):
+        kept = session.merged_weight(index) * (0 if table.mask is None else table.mask)
+        pruned.embedding_bags[spec.name].weight.data.copy_(kept)
+    features = WORLDS[world].features(40, seed=5)
+    session.compact(plan)
+    assert stored_bytes(model) == plan.size_bytes <= plan.original_bytes // 2
+    error = relative_error(model.collection(features).values(), pruned(features).values())
+    assert error <= (1e-3 if world == "half" else 1e-5)
+    assert all(torch.isfinite(torch.tensor(loss)) for loss in train(model, optimizer, [WORLDS[world].batch(seed=1)]))

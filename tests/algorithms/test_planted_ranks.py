@@ -15,6 +15,7 @@ from embsearch_plugin.recipes import load_recipe
 from embsearch_plugin.training import looked_up
 
 RECIPE = load_recipe(Path(__file__).parents[2] / "recipes" / "planted_dlrm_dnis.yaml")
+SPACE = RECIPE.search.algorithm.space(RECIPE.search.space)
 SEEDS = (0, 1, 2)
 EPOCHS = 3
 
@@ -33,7 +34,7 @@ class Found:
 
     @property
     def the_truth(self) -> bool:
-        smallest = RECIPE.search.space.dims(RECIPE.model.embedding_dim)[1]
+        smallest = SPACE.dims(RECIPE.model.embedding_dim)[1]
         return self.correlation >= 0.8 and self.on_nothing <= smallest
 
 
@@ -52,9 +53,7 @@ def searched(data: PlantedDataset, seed: int, epochs: int = EPOCHS) -> es.SizePl
     """Search as the recipe says, in a plain loop with its L2; ``seed`` is the model's and the batches'."""
     torch.manual_seed(seed)
     model, train = RECIPE.model.build(data.schema), RECIPE.train
-    session = es.prepare(
-        model, algorithm=RECIPE.search.algorithm, budget=RECIPE.search.budgets[0], space=RECIPE.search.space, seed=seed
-    )
+    session = es.prepare(model, algorithm=RECIPE.search.algorithm, budget=RECIPE.search.budgets[0], space=SPACE, seed=seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=train.lr)
     session.attach(optimizer, data.batches("validation", train.batch_size, seed=seed))
     batches = data.batches("train", train.batch_size, seed=seed)
@@ -75,7 +74,7 @@ def tables(data: PlantedDataset) -> list[Table]:
 
 
 def oracle(data: PlantedDataset, budget: str) -> es.SizePlan:
-    return data.oracle_plan(tables(data), es.Budget.of(budget), RECIPE.search.space)
+    return data.oracle_plan(tables(data), es.Budget.of(budget), SPACE)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

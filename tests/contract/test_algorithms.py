@@ -131,7 +131,7 @@ def test_a_search_goes_on_from_a_checkpoint_in_a_new_process(algorithm: str, tmp
     write_state(tmp_path / "state", {**state, "random": torch.get_rng_state()})
     train(model, optimizer, (PLAIN.batch(seed=i) for i in range(8, 16)))
     session.derive().save(tmp_path / "expected.json")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, __file__, algorithm, str(tmp_path)], check=True, timeout=120, env=environment)
     assert (tmp_path / "expected.json").read_text().replace("expected", "resumed") == (tmp_path / "resumed.json").read_text()
 

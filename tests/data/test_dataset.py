@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embsearch_plugin.data import CONFIGS
-from embsearch_plugin.data.dataset import Batches, Field, Schema, Split, TabularDataset, random_split
+from embsearch_plugin.data.bags import Bags
+from embsearch_plugin.data.dataset import Batches, Field, Schema, Split, TabularDataset, random_split, time_split
 from embsearch_plugin.errors import DataError
 
 SIZES = {"train": 23, "validation": 5, "test": 4}
@@ -118,4 +119,45 @@ def test_fractions_that_make_no_sense_are_refused(fractions: tuple[float, float,
 
 
 def test_configs_have_names_of_their_own() -> None:
-    assert sorted(config.name for config in CONFIGS) == ["criteo", "movielens-1m", "planted"]
+    assert sorted(config.name for config in CONFIGS) == ["avazu", "criteo", "kkbox", "movielens-1m", "movielens-csv", "planted"]
+
+
+def test_bags_of_any_length_come_beside_single_ids() -> None:
+    """Against bags written out the long way; what is precomputed is what TorchRec would compute."""
+    lists = [[5, 2], [], [3], [1, 4, 0]]
+    ends = torch.tensor([0, *map(len, lists)]).cumsum(0)
+    bags = {"b": Bags(torch.tensor([v for bag in lists for v in bag], dtype=torch.int32), ends)}
+    schema = Schema((Field("a", 9), Field("b", 6, multiple=True), Field("c", 9)), ())
+    ids = torch.randint(0, 4, (20, 3), dtype=torch.int32)
+    data = TabularDataset(schema, torch.empty(20, 0), ids, torch.arange(20.0), {"train": torch.arange(20)}, bags)
+    for batch in data.batches("train", 7, seed=1):
+        sparse, rows = batch.sparse_features, ids[batch.labels.long()].tolist()
+        expected = {"a": [[a] for a, _, _ in rows], "b": [lists[b] for _, b, _ in rows], "c": [[c] for _, _, c in rows]}
+        for key, bag in expected.items():
+            assert [part.tolist() for part in sparse[key].values().split(sparse[key].lengths().tolist())] == bag
+        fresh = KeyedJaggedTensor(sparse.keys(), sparse.values(), lengths=sparse.lengths())
+        assert sparse.values().dtype == torch.int64
+        assert fresh.length_per_key() == sparse.length_per_key()
+        assert fresh.stride() == sparse.stride() == len(rows)
+
+
+def test_a_fingerprint_tells_bags_apart() -> None:
+    schema = Schema((Field("a", 9, multiple=True),), ())
+
+    def fingerprint(values: list[int]) -> str:
+        bags = {"a": Bags(torch.tensor(values, dtype=torch.int32), torch.tensor([0, len(values)]))}
+        nothing = torch.zeros(1, 1)
+        return TabularDataset(schema, nothing, nothing.int(), nothing[0], {"train": torch.arange(1)}, bags).fingerprint()
+
+    assert fingerprint([1, 2]) == fingerprint([1, 2]) != fingerprint([2, 1])
+
+
+@given(times=st.lists(st.integers(0, 9), max_size=60), cut=st.integers(0, 10), more=st.integers(0, 10))
+def test_a_split_by_time_trains_on_the_earliest_and_tests_on_the_latest(times: list[int], cut: int, more: int) -> None:
+    fractions = (cut / 20, more / 20, (20 - cut - more) / 20)
+    parts = time_split(np.array(times, dtype=np.int64), fractions)
+    assert torch.cat(list(parts.values())).tolist() == sorted(range(len(times)), key=lambda at: times[at])
+    for part, fraction in zip(parts.values(), fractions, strict=True):
+        assert abs(len(part) - len(times) * fraction) <= 1
+    with pytest.raises(DataError, match="add up to 1"):
+        time_split(np.zeros(3, dtype=np.int64), (0.8, 0.1, 0.2))

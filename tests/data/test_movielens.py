@@ -8,6 +8,7 @@ from scipy.stats import spearmanr
 
 from embsearch_plugin.data.movielens import GENRES, MovieLens1M, write_sample
 from embsearch_plugin.errors import DataError
+from embsearch_plugin.tasks import RATING
 
 USERS = "1::F::1::10::48067\n7::M::56::16::70072-1\n3::M::25::10::55117\n"
 MOVIES = "1::Toy Story: A (Long) Title (1995)::Animation|Comedy\n9::Misérables, Les (1998)::Drama\n"
@@ -94,6 +95,23 @@ def test_split_is_by_seed_and_fractions(tmp_path: Path) -> None:
     assert not torch.equal(first.splits["test"], other.splits["test"])
 
 
+def test_a_split_by_time_tests_on_the_latest_ratings(tmp_path: Path) -> None:
+    write_sample(tmp_path, users=20, movies=10, ratings=100)
+    lines = (tmp_path / "ratings.dat").read_text().splitlines(keepends=True)
+    (tmp_path / "ratings.dat").write_text("".join(reversed(lines)))
+    for task in ("click", "rating"):
+        splits = MovieLens1M(str(tmp_path), split_by="time", task=task).load().splits
+        assert splits["train"].tolist() == list(range(99, 19, -1))
+        assert splits["test"].tolist() == list(range(9, -1, -1))
+    with pytest.raises(ValueError, match="split_by must be random for the task top-k"):
+        MovieLens1M(str(tmp_path), split_by="time", task="top-k")
+
+
+def test_a_split_by_time_needs_every_time(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"ratings\.dat, line 3, column 'Timestamp': must be above 0 .* got 0 \(1 such line"):
+        MovieLens1M(write(tmp_path), split_by="time").load()
+
+
 def test_a_sample_has_the_owners_form_and_something_to_learn(tmp_path: Path) -> None:
     write_sample(tmp_path / "new" / "folder", users=50, movies=30, ratings=1200)
     data = MovieLens1M(str(tmp_path / "new" / "folder")).load()
@@ -109,6 +127,19 @@ def test_equal_seeds_write_equal_samples(tmp_path: Path) -> None:
         write_sample(tmp_path / folder, users=10, movies=5, ratings=20, seed=seed)
     a, b, c = ((tmp_path / folder / "ratings.dat").read_text() for folder in "abc")
     assert a == b != c
+
+
+def test_ratings_are_stars_of_users_and_movies_that_occur(tmp_path: Path) -> None:
+    data = MovieLens1M(write(tmp_path, movies="4::Unrated (1990)::Drama\n" + MOVIES), task="rating").load()
+    assert [(field.name, field.rows) for field in data.schema.fields] == [("user", 2), ("movie", 2)]
+    assert (data.schema.items, data.schema.task, data.dense.shape) == (("movie",), RATING, (4, 0))
+    assert data.ids.tolist() == [[1, 1], [0, 0], [1, 0], [0, 1]]
+    assert data.labels.tolist() == [5, 3, 4, 1]
+
+
+def test_an_unknown_task_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown task 'ratings'. Did you mean 'rating'"):
+        MovieLens1M(str(tmp_path), task="ratings")
 
 
 @pytest.mark.parametrize("name", ["users", "movies", "ratings"])
@@ -141,6 +172,7 @@ def test_an_empty_file_is_named(tmp_path: Path, name: str) -> None:
         ("ratings", "2::1::3::0", "UserID", "2"),
         ("ratings", "1::2::3::0", "MovieID", "2"),
         ("ratings", "1::1::3.5::0", "Rating", "3.5"),
+        ("ratings", "1::1::3::then", "Timestamp", "then"),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path: Path, name: str, line: str, column: str, got: str) -> None:
@@ -160,3 +192,11 @@ def test_the_real_files() -> None:
     assert data.labels.sum() == 575_281
     assert data.dense.isfinite().all()
     torch.testing.assert_close(data.dense[data.splits["train"]].std(0), torch.ones(5), atol=1e-3, rtol=0)
+
+
+@pytest.mark.skipif("EMBSEARCH_ML1M" not in os.environ, reason="EMBSEARCH_ML1M does not name a folder of MovieLens-1M")
+def test_the_real_leave_one_out() -> None:
+    data = MovieLens1M(os.environ["EMBSEARCH_ML1M"], task="top-k").load()
+    assert [field.rows for field in data.schema.fields] == [6040, 3706]  # nis.txt, Table 1
+    assert {split: len(pairs) for split, pairs in data.pairs.items()} == {"train": 894_752, "validation": 99_417, "test": 6040}
+    assert data.negatives.shape == (6040, 99)

@@ -65,10 +65,10 @@ def test_the_best_auc_and_the_best_log_loss_may_be_two_methods(metrics: Data) ->
 def test_markdown_has_all_columns(metrics: Data) -> None:
     lines = results_markdown(metrics).splitlines()
     assert lines[0] == (
-        "| method | budget | test AUC | test log loss | val AUC | embedding bytes | of dense | time / dense | seeds "
-        "| trial | trials run |"
+        "| method | budget | test AUC | test log loss | val AUC | embedding bytes | of dense | time / dense "
+        "| training runs | seeds | trial | trials run |"
     )
-    dense = f"{UNDEFINED} | 0.8206 ± 0.0003 | 0.4794 ± 0.0003 | 0.8216 | 1.6 MiB | 100.0% | 1.00{TIMES} | 3 | l2=0.003 | 2"
+    dense = f"{UNDEFINED} | 0.8206 ± 0.0003 | 0.4794 ± 0.0003 | 0.8216 | 1.6 MiB | 100.0% | 1.00{TIMES} | 2 | 3 | l2=0.003 | 2"
     assert lines[2] == f"| dense | {dense} |"
     assert len({line.count("|") for line in lines[:15]}) == 1
     assert lines[15:] == ["", f"* uniform at 5%: infeasible, {REASON}"]
@@ -76,10 +76,11 @@ def test_markdown_has_all_columns(metrics: Data) -> None:
 
 def test_a_run_without_trials_has_no_columns_for_them(small: Data) -> None:
     assert results_markdown(small).splitlines() == [
-        "| method | budget | test AUC | test log loss | val AUC | embedding bytes | of dense | time / dense | seeds |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-        f"| dense | {UNDEFINED} | 0.8206 | 0.4794 | 0.8216 | 1.6 MiB | 100.0% | 1.00{TIMES} | 1 |",
-        f"| dnis | 10% | 0.8076 | 0.4924 | 0.8086 | 168.9 KiB | 10.0% | 4.40{TIMES} | 1 |",
+        "| method | budget | test AUC | test log loss | val AUC | embedding bytes | of dense | time / dense | training runs "
+        "| seeds |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        f"| dense | {UNDEFINED} | 0.8206 | 0.4794 | 0.8216 | 1.6 MiB | 100.0% | 1.00{TIMES} | 1 | 1 |",
+        f"| dnis | 10% | 0.8076 | 0.4924 | 0.8086 | 168.9 KiB | 10.0% | 4.40{TIMES} | 1 | 1 |",
     ]
 
 
@@ -96,11 +97,29 @@ def test_only_chosen_cells_are_the_result(metrics: Data) -> None:
     assert fields(metrics, "dnis", "10%") == before
 
 
+def test_losing_allocations_cost_time_and_are_counted(metrics: Data) -> None:
+    for cell in cells_of(metrics, "dnis", "10%", chosen=False):
+        cell["allocation"] = "draw=1"
+    first = cells_of(metrics, "dnis", "10%")[0]
+    lost = {"allocation": "draw=0", "chosen": False, "test": None, "seconds": 50.5}
+    metrics["cells"] += [first | lost, first | lost | {"allocation": "draw=2", "status": "diverged", "seconds": None}]
+    assert fields(metrics, "dnis", "10%")[5:9] == [
+        f"4.87{TIMES}",
+        "4",
+        "3",
+        "draw=1",
+    ]  # 440 to 442 s, and 50.5; dense 100 to 102
+    assert fields(metrics, "uniform", "10%")[5:9] == [f"1.20{TIMES}", "2", "3", UNDEFINED]
+    first["allocation"] = "draw=0"
+    with pytest.raises(RunFolderError, match="the chosen cells of dnis at 10% have different allocations"):
+        results_markdown(metrics)
+
+
 def test_seeds_that_failed_are_counted_and_explained(metrics: Data) -> None:
     cell = cells_of(metrics, "dnis", "10%")[2]
     cell |= {"status": "diverged", "reason": "the loss\n  is NaN", "chosen": False, "test": None, "bytes": None}
     assert fields(metrics, "dnis", "10%")[0] == "0.8074 ± 0.0004"
-    assert fields(metrics, "dnis", "10%")[6] == "2/3"
+    assert fields(metrics, "dnis", "10%")[7] == "2/3"
     assert "dnis at 10%, 1 of its 4 models: diverged, the loss is NaN" in results_markdown(metrics)
 
 
@@ -108,7 +127,7 @@ def test_what_is_undefined_is_a_dash(metrics: Data) -> None:
     nothing = {"auc": None, "log_loss": float("nan")}
     cells_of(metrics, "dnis", "10%")[1] |= {"seconds": None, "validation": nothing, "test": nothing}
     dash = UNDEFINED
-    assert fields(metrics, "dnis", "10%")[:7] == [dash, dash, dash, "168.8 KiB", "10.0%", dash, "3"]
+    assert fields(metrics, "dnis", "10%")[:8] == [dash, dash, dash, "168.8 KiB", "10.0%", dash, "2", "3"]
 
 
 def test_names_are_printed_as_they_are(metrics: Data) -> None:

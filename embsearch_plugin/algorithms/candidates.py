@@ -1,0 +1,184 @@
+"""Candidate dims of a table: looked up at once, transformed to its width, made comparable, weighed (autodim.txt, II.B).
+
+    output = sum over candidates n of  gate_n * BatchNorm(T_n(columns of n))          T_n: zero padding, or a linear map
+
+Shapes: n bags, N candidates, W columns looked up, D the table's width.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from embsearch_plugin.collection import Table
+from embsearch_plugin.compact.fold import Fold
+from embsearch_plugin.errors import SpaceError
+from embsearch_plugin.supernet.forms import Form
+
+Lookup = Literal["shared", "separate"]
+
+
+class Candidate(NamedTuple):
+    """A candidate dim: the first ``dim`` of ``stored`` columns, which begin at column ``start`` of what is looked up."""
+
+    dim: int
+    stored: int
+    start: int
+
+
+def candidates_of(table: Table, dims: Sequence[int], align: int, lookup: Lookup) -> tuple[Candidate, ...]:
+    """Return a table's candidates, by rising dim: those that are not wider than the table.
+
+    A dim is stored as the next multiple of ``align`` (or the table's own, if that is less). Candidates share columns, or lie
+    side by side.
+
+    Raises:
+        SpaceError: where every candidate is wider than the table.
+    """
+    fitting = [dim for dim in dims if dim <= table.dim]
+    if not fitting:
+        raise SpaceError(
+            f"a candidate dim must not be larger than its table's; table {str(table)!r} has dim {table.dim}, and the "
+            f"candidates are {list(dims)}.\n  Possible solutions: 1) candidates that start at {table.dim} or less  "
+            "2) a wider table."
+        )
+    found, start = [], 0
+    for dim in fitting:
+        found.append(Candidate(dim, min(-(-dim // align) * align, table.dim), start))
+        start += found[-1].stored if lookup == "separate" else 0
+    return tuple(found)
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Batch norm without an affine map (Eq. 2 and 3). A single bag, which has no variance, is normed as in evaluation."""
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, affine=False)
+
+    def forward(self, values: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Return ``values`` (n, width) less their mean, by their standard deviation, times ``weights`` (width,)."""
+        return self._normed(values, weights, self.running_mean, self.running_var)
+
+    @classmethod
+    def together(cls, norms: Sequence["BatchNorm"], values: Tensor, weights: Tensor) -> Tensor:
+        """Return what all of them make of ``values`` that lie side by side, (n, sum of widths): one pass instead of many."""
+        means, variances = [norm.running_mean for norm in norms], [norm.running_var for norm in norms]
+        mean, var = torch.cat(means), torch.cat(variances)
+        normed = norms[0]._normed(values, weights, mean, var)
+        widths = [norm.num_features for norm in norms]
+        for old, new in zip((*means, *variances), (*mean.split(widths), *var.split(widths)), strict=True):
+            old.copy_(new)
+        return normed
+
+    def _normed(self, values: Tensor, weights: Tensor | None, mean: Tensor, var: Tensor) -> Tensor:
+        training = self.training and len(values) > 1
+        return F.batch_norm(values, mean, var, weights, None, training, self.momentum or 0.0, self.eps)
+
+    def affine_map(self) -> tuple[Tensor, Tensor]:
+        """Return what evaluation multiplies by and adds, (width,) each."""
+        scale = (self.running_var + self.eps).rsqrt()
+        return scale, -self.running_mean * scale
+
+
+class CandidateForm(Form):
+    """Weighs a table's candidates; its gates are their weights.
+
+    Args:
+        dim: D.
+        candidates: N of them.
+    """
+
+    weighs: ClassVar[bool] = True
+
+    def __init__(self, dim: int, candidates: Sequence[Candidate]) -> None:
+        super().__init__(max(c.start + c.stored for c in candidates), len(candidates))
+        self.dim, self.candidates = dim, tuple(candidates)
+
+    def fold(self, number: int) -> Fold:
+        """Return what one candidate alone computes in evaluation, of its stored columns."""
+        raise NotImplementedError
+
+
+class PaddedCandidates(CandidateForm):
+    """Candidates padded with zeros (Eq. 3, 4 and 7).
+
+    Batch norm acts column by column, so columns that candidates share are normed once: candidate n reads the same values
+    whether it is normed by itself or not. A column's weight is the sum of the gates of the candidates that read it.
+    """
+
+    def __init__(self, dim: int, candidates: Sequence[Candidate]) -> None:
+        super().__init__(dim, candidates)
+        self.norm = BatchNorm(self.width)
+        reads = torch.zeros(len(candidates), self.width)  # which columns a candidate reads
+        for row, candidate in zip(reads, candidates, strict=True):
+            row[candidate.start : candidate.start + candidate.dim] = 1
+        self.reads: Tensor
+        self.register_buffer("reads", reads, persistent=False)
+        starts = sorted({candidate.start for candidate in candidates})
+        self.runs = [end - start for start, end in pairwise([*starts, self.width])]  # columns that lie side by side
+
+    def forward(self, pooled: Tensor, gates: Tensor) -> Tensor:
+        """Return the weighed sum (n, D) of what is pooled (n, W); gates are (1, N) or (n, N)."""
+        return self._added(self.norm(pooled) * (gates @ self.reads))
+
+    @classmethod
+    def together(cls, forms: Sequence[Form], pooled: Tensor, gates: Sequence[Tensor]) -> Tensor:
+        """Norm and weigh the columns of all tables at once."""
+        padded = [form for form in forms if isinstance(form, PaddedCandidates)]
+        weights = torch.cat([(gate @ form.reads)[0] for form, gate in zip(padded, gates, strict=True)])
+        weighed = BatchNorm.together([form.norm for form in padded], pooled, weights)
+        if all(form.runs == [form.dim] for form in padded):
+            return weighed
+        parts = weighed.split([form.width for form in padded], 1)
+        return torch.cat([form._added(part) for form, part in zip(padded, parts, strict=True)], 1)
+
+    def _added(self, weighed: Tensor) -> Tensor:
+        """Pad with zeros and add up what is weighed (n, W): (n, D)."""
+        padded = [F.pad(run, (0, self.dim - run.shape[1])) for run in weighed.split(self.runs, 1)]
+        return padded[0] if len(padded) == 1 else torch.stack(padded).sum(0)
+
+    def fold(self, number: int) -> Fold:
+        """The scale of batch norm goes into the weights, its shift into the bias; padded columns are zero."""
+        dim, stored, start = self.candidates[number]
+        scale, shift = (values[start : start + dim] for values in self.norm.affine_map())
+        rotation = scale.new_zeros(self.width, stored)
+        rotation[start : start + dim, :dim] = scale.diag()
+        return Fold(rotation=rotation, bias=F.pad(shift, (0, self.dim - dim)))
+
+
+class LinearCandidates(CandidateForm):
+    """Candidates that each have a linear layer of their own (Eq. 1, 2 and 7).
+
+    In training batch norm takes the layer's bias away again; it is kept as Eq. 1 has it.
+    """
+
+    def __init__(self, dim: int, candidates: Sequence[Candidate]) -> None:
+        super().__init__(dim, candidates)
+        self.layers = nn.ModuleList(nn.Linear(candidate.dim, dim) for candidate in candidates)
+        self.norm = BatchNorm(len(candidates) * dim)
+
+    def forward(self, pooled: Tensor, gates: Tensor) -> Tensor:
+        """Return the weighed sum (n, D) of what is pooled (n, W); gates are (1, N) or (n, N)."""
+        columns = [pooled[:, c.start : c.start + c.dim] for c in self.candidates]
+        made = torch.cat([layer(part) for layer, part in zip(self.layers, columns, strict=True)], 1)
+        normed = self.norm(made).unflatten(1, (self.n_gates, self.dim))
+        return (normed * gates[:, :, None]).sum(1)
+
+    def fold(self, number: int) -> Fold:
+        """The layer and batch norm make one projection and one bias; padded columns are not read."""
+        dim, stored, start = self.candidates[number]
+        layer = self.layers[number]
+        assert isinstance(layer, nn.Linear)
+        scale, shift = (values.view(-1, self.dim)[number] for values in self.norm.affine_map())
+        weight, bias = layer.weight.detach(), layer.bias.detach()
+        projection = F.pad(weight.t() * scale, (0, 0, 0, stored - dim))
+        return Fold(torch.arange(start, start + stored), projection=projection, bias=bias * scale + shift)
+
+
+FORMS: dict[str, type[CandidateForm]] = {"padding": PaddedCandidates, "linear": LinearCandidates}

@@ -1,0 +1,248 @@
+"""Spectral: the trained tables in a basis of falling worth, and one exact allocation over all of them. Our own method.
+
+After ordinary training, per table with rows E (V x D): let p_i be row i's share of the table's lookups, and G the mean of
+g g^T over examples, where g is the gradient of an example's loss with respect to a looked-up row (the empirical Fisher
+matrix; an example's lookups add up). Losing the part delta_i of every row then costs, to second order, about
+
+    1/2 sum over i of  p_i delta_i^T G delta_i          of the mean loss.
+
+So, with Q from the SVD of diag(sqrt p) E G^(1/2) = P S Q^T, the table is stored as A = E G^(1/2) Q, whose columns stand by
+falling worth, and is read through the projection Q^T G^(-1/2). Dropping column c for the rows of block b costs 1/2 sum over
+i in b of p_i A_ic^2: one currency for all tables. Which pairs are kept is decided by one exact knapsack over all tables, in
+which a projection pays for its rows. A table that is too small to pay for one keeps its own basis, with the diagonal of G.
+Fine-tuning is the training that goes on after ``compact``.
+
+Nothing is done while the model trains: all of it happens in ``derive`` and ``compact``, on a few validation batches.
+
+Related: low-rank factorization weighted by the Fisher information (Hsu et al., 2022), there with one weight per row of a matrix
+and the same rank for all its rows.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from embsearch_plugin.algorithms.base import AlgorithmConfig
+from embsearch_plugin.budget import Budget, Option, TableOptions, allocate_among
+from embsearch_plugin.compact.fold import UNFOLDED, Fold
+from embsearch_plugin.hookspecs import hookimpl
+from embsearch_plugin.plan import SizePlan, TablePlan, placement_bytes, projected_column_bytes, remap_bytes
+from embsearch_plugin.space import SearchSpace
+
+if TYPE_CHECKING:
+    from embsearch_plugin.search.session import Session
+    from embsearch_plugin.search.tables import SearchTable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spectral(AlgorithmConfig):
+    """Settings of the spectral method.
+
+    Args:
+        batches: validation batches that G is estimated from; a few thousand examples are enough.
+        floor: eigenvalues of G below this share of the largest count as that; it is inverted.
+        tolerance: the share of each row block's worth that may be lost where no budget is kept (``derive(strict=False)``).
+    """
+
+    name: ClassVar[str] = "spectral"
+    starts_from: ClassVar[Literal["scratch", "dense"]] = "dense"
+    every: int = 1000
+    batches: int = 16
+    floor: float = 1e-2
+    tolerance: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batches < 1 or not 0 < self.floor <= 1 or not 0 <= self.tolerance < 1:
+            raise ValueError(
+                "batches must be at least 1, floor in (0, 1] and tolerance in [0, 1); got "
+                f"{self.batches}, {self.floor} and {self.tolerance}"
+            )
+
+    @property
+    def trains(self) -> bool:
+        """It needs the trained model only."""
+        return False
+
+    def build(self) -> "SpectralSearch":
+        """Return the algorithm of one session."""
+        return SpectralSearch(self)
+
+
+class SpectralSearch:
+    """The spectral method in one session."""
+
+    def __init__(self, config: Spectral) -> None:
+        self.config = config
+
+    @hookimpl
+    def embsearch_search_step(self) -> Mapping[str, float]:
+        """Leave everything as it is."""
+        return {}
+
+    @hookimpl
+    def embsearch_derive(self, session: "Session", budget: Budget | None) -> SizePlan:
+        """Keep the pairs of row block and column that are worth most within the budget."""
+        unit, align = "bytes" if budget is None else budget.unit, session.space.align
+        pairs = [self._ways(basis, session.space, unit) for basis in self._bases(session)]
+        if budget is None:
+            return SizePlan(tuple(rotated.plan(rotated.within(self.config.tolerance)) for _, rotated in pairs), align)
+        options = [[way.options for way in pair] for pair in pairs]
+        chosen = allocate_among(options, budget.limit(session.original_bytes), unit)
+        return SizePlan(tuple(pair[way].plan(dims) for pair, (way, dims) in zip(pairs, chosen, strict=True)), align)
+
+    def _ways(self, basis: "_Basis", space: SearchSpace, unit: str) -> tuple["_Way", "_Way"]:
+        dims = space.dims(basis.table.spec.dim)
+        return _Way(basis, dims, unit, rotated=False), _Way(basis, dims, unit, rotated=True)
+
+    @hookimpl
+    def embsearch_fold(self, session: "Session", plan: SizePlan) -> Sequence[Fold]:
+        """Return the new bases, of the weights as they are now."""
+        bases = self._bases(session) if any(table.projection for table in plan.tables) else []
+        return [bases[index].fold if table.projection else UNFOLDED for index, table in enumerate(plan.tables)]
+
+    def _bases(self, session: "Session") -> list["_Basis"]:
+        fisher, shares = _fisher(session, self.config.batches), [_shares(counts) for counts in session.frequencies]
+        weights = [session.merged_weight(index).double().cpu() for index in range(len(session.tables))]
+        parts = zip(session.tables, weights, shares, fisher, strict=True)
+        return [_Basis(*part, self.config.floor) for part in parts]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: the weights say it all."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from nothing."""
+
+
+def _shares(counts: Tensor) -> Tensor:
+    """Return the share of each row in a table's lookups, float64 (V,)."""
+    return counts.double().cpu() / counts.sum().clamp(min=1)
+
+
+def _fisher(session: "Session", batches: int) -> list[Tensor]:
+    """Return G of each table, float64 (D, D)."""
+    found = [[rows.double() for rows in session.row_gradients(batch)] for batch in session.validation_batches(batches)]
+    return [torch.stack([rows.t() @ rows for rows in of_table]).mean(0).cpu() for of_table in zip(*found, strict=True)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Basis:
+    """One table's columns in the order of their worth: its own ones, or rotated.
+
+    Args:
+        table: the table, and how its rows are cut.
+        weight: float64 (V, D).
+        shares: p, float64 (V,).
+        fisher: G, float64 (D, D).
+        floor: eigenvalues of G below this share of the largest count as that.
+    """
+
+    table: "SearchTable"
+    weight: Tensor
+    shares: Tensor
+    fisher: Tensor
+    floor: float
+
+    @cached_property
+    def fold(self) -> Fold:
+        """The new basis: G^(1/2) Q, and its inverse, the projection, with rows of length one."""
+        values, vectors = torch.linalg.eigh(self.fisher)
+        root = values.clamp(min=max(float(values[-1]) * self.floor, 1e-30)).sqrt()
+        there, back = (vectors * root) @ vectors.t(), (vectors / root) @ vectors.t()
+        second_moment = self.weight.t() @ (self.weight * self.shares[:, None])
+        q = torch.linalg.eigh(there @ second_moment @ there).eigenvectors.flip(1)
+        projection = q.t() @ back
+        lengths = projection.norm(dim=1)
+        return Fold(rotation=(there @ q * lengths).float(), projection=(projection / lengths[:, None]).float())
+
+    @cached_property
+    def rotated_worth(self) -> Tensor:
+        """What each (block, column) pair of the new basis is worth, (S, D)."""
+        assert self.fold.rotation is not None and self.fold.projection is not None
+        length = (self.fold.projection.double() @ self.fisher * self.fold.projection.double()).sum(1)
+        return self._worth(self.weight @ self.fold.rotation.double(), length)
+
+    @cached_property
+    def own_worth(self) -> Tensor:
+        """What each (block, column) pair of the table's own basis is worth, (S, D)."""
+        return self._worth(self.weight, self.fisher.diagonal())
+
+    def _worth(self, rows: Tensor, curvature: Tensor) -> Tensor:
+        squares = rows.square() * self.shares[:, None] * curvature / 2
+        lookup = self.table.blocks.lookup().long()
+        return squares.new_zeros(len(self.table.blocks.sizes), rows.shape[1]).index_add_(0, lookup, squares)
+
+
+@dataclass(frozen=True, eq=False)
+class _Way:
+    """One way to store one table: by its own columns or by rotated ones, whole or block by block."""
+
+    basis: _Basis
+    candidates: Sequence[int]
+    unit: str
+    rotated: bool
+
+    @cached_property
+    def order(self) -> list[int]:
+        """The columns by falling worth; those of the new basis stand so."""
+        worth = self.worth.sum(0)
+        return list(range(len(worth))) if self.rotated else torch.argsort(worth, descending=True, stable=True).tolist()
+
+    @property
+    def worth(self) -> Tensor:
+        """What each (block, column) pair is worth, (S, D)."""
+        return self.basis.rotated_worth if self.rotated else self.basis.own_worth
+
+    @property
+    def options(self) -> TableOptions:
+        """What the table may cost, and what it is worth then."""
+        spec, worth, sizes = self.basis.table.spec, self.worth[:, self.order], self.basis.table.blocks.sizes
+        blocks = [self._options(row, size) for row, size in zip(worth, sizes, strict=True)]
+        placement = 0 if self.rotated else self._bytes(placement_bytes(spec))
+        column = self._column_cost
+        whole = [
+            Option(o.dim, o.cost + column * o.dim + (placement if o.dim not in (0, spec.dim) else 0), o.utility)
+            for o in self._options(worth.sum(0), sum(sizes))
+        ]
+        fixed = self._bytes(remap_bytes(spec)) + placement
+        return TableOptions(str(spec), tuple(whole), tuple(blocks) if len(blocks) > 1 else (), fixed, column)
+
+    @property
+    def _column_cost(self) -> int:
+        """What a column's row of the projection costs: bytes, or parameters, which the papers count too."""
+        spec = self.basis.table.spec
+        return 0 if not self.rotated else projected_column_bytes(spec) if self.unit == "bytes" else spec.dim
+
+    def _bytes(self, count: int) -> int:
+        return count if self.unit == "bytes" else 0
+
+    def _options(self, worth: Tensor, rows: int) -> tuple[Option, ...]:
+        weight = self.basis.table.spec.dtype.itemsize if self.unit == "bytes" else 1
+        kept = torch.nn.functional.pad(worth.cumsum(0), (1, 0)).tolist()
+        return tuple(Option(dim, rows * dim * weight, kept[dim]) for dim in self.candidates)
+
+    def within(self, tolerance: float) -> list[int]:
+        """Return, per block, the smallest dim that loses at most this share of the block's worth."""
+        worth, total = self.worth[:, self.order], self.worth.sum(1, keepdim=True)
+        kept = torch.nn.functional.pad(worth.cumsum(1), (1, 0))[:, :-1]  # by each number of columns below D
+        need = (total - kept > tolerance * total).sum(1).tolist()
+        return [next(dim for dim in self.candidates if dim >= least) for least in need]
+
+    def plan(self, dims: Sequence[int]) -> TablePlan:
+        """Build the table's plan from one dim for all blocks, or one for each."""
+        blocks = self.basis.table.blocks
+        rows = [blocks.rows_of(block) for block in range(len(blocks.sizes))]
+        per_block = list(dims) if len(dims) > 1 else list(dims) * len(rows)
+        columns = None if self.rotated else self.order
+        return TablePlan.nested(self.basis.table.spec, per_block, rows, columns, projection=self.rotated)
+
+
+@hookimpl
+def embsearch_register_algorithms() -> Sequence[type[AlgorithmConfig]]:
+    """Register the spectral method."""
+    return [Spectral]

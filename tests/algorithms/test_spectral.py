@@ -1,0 +1,169 @@
+"""The spectral method: its bases and worths against slow references, and the plans that come of them."""
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from support import PLAIN, WORLDS, Task, searched
+from torch import Tensor, nn
+
+import embsearch_plugin as es
+from embsearch_plugin.algorithms.spectral import SpectralSearch, _fisher
+from embsearch_plugin.plan import SizePlan
+from embsearch_plugin.search.session import Session
+
+
+def spectral(world: str = "one id", steps: int = 20, **options: Any) -> tuple[Task, Session]:
+    model, session, _ = searched(WORLDS[world], steps, algorithm=es.Spectral(warm_up=3), **options)
+    return model, session
+
+
+def fisher(model: Task, session: Session, index: int) -> Tensor:
+    """G of a table with one feature and bags of one id, example by example: the mean over batches."""
+    (slot,) = [slot for slot in model.collection.slots if slot.table == index]
+    means = []
+    for batch in session.validation_batches(16):
+        output = model.collection(batch.sparse_features)
+        total = torch.zeros(slot.dim, slot.dim, dtype=torch.float64)
+        values = output.values().detach().requires_grad_()
+        logits = model.over(torch.cat([values, batch.dense_features], 1)).squeeze(-1)
+        losses = nn.functional.binary_cross_entropy_with_logits(logits, batch.labels, reduction="none")
+        for loss, example in zip(losses, range(len(losses)), strict=True):
+            (gradient,) = torch.autograd.grad(loss, values, retain_graph=True)
+            g = gradient[example, index * 8 : index * 8 + 8].double()
+            total += torch.outer(g, g) / len(losses)
+        means.append(total)
+    return torch.stack(means).mean(0)
+
+
+def quadratic_loss(session: Session, index: int, g: Tensor, kept: Tensor) -> float:
+    """1/2 sum over i of p_i delta_i^T G delta_i, row by row, where ``kept`` (V, D) takes the place of the table."""
+    counts = session.frequencies[index].double()
+    total = 0.0
+    for share, row, other in zip(counts / counts.sum(), session.merged_weight(index).double(), kept, strict=True):
+        delta = row - other
+        total += float(share * delta @ g @ delta) / 2
+    return total
+
+
+def kept_rows(session: Session, plan: SizePlan, index: int) -> Tensor:
+    """A table's rows under a plan, float64 (V, D), from the fold and the plan's definition."""
+    table, fold, weight = plan.tables[index], session.folds(plan)[index], session.merged_weight(index).double()
+    dims = torch.zeros(table.table.rows, dtype=torch.int64)
+    order = torch.arange(table.table.rows) if table.order is None else table.order.long()
+    place = 0
+    for block in table.blocks:
+        dims[order[place : place + block.rows]] = int(block.dim)
+        place += block.rows
+    if fold.rotation is None or fold.projection is None:
+        rank = torch.argsort(torch.tensor(table.columns or range(table.table.dim)))
+        return weight * (rank[None] < dims[:, None])
+    stored = weight @ fold.rotation.double() * (torch.arange(table.table.dim)[None] < dims[:, None])
+    return stored @ fold.projection.double()
+
+
+def test_the_new_basis_loses_nothing_by_itself() -> None:
+    _, session = spectral()
+    for fold in session.folds(session.derive(strict=False)):
+        assert fold.rotation is not None and fold.projection is not None
+        assert torch.allclose(fold.rotation @ fold.projection, torch.eye(8), atol=1e-4)
+        assert torch.allclose(fold.projection.norm(dim=1), torch.ones(8), atol=1e-5)
+
+
+def test_no_other_basis_of_the_same_dim_loses_less() -> None:
+    """Against plain SVD, the first columns, the largest columns, and random directions, by the quadratic loss."""
+    model, session = spectral(steps=60)
+    torch.manual_seed(4)
+    plan = session.derive(strict=False)
+    for index in range(2):
+        model.eval()
+        g = fisher(model, session, index)
+        g = g + 0.02 * torch.linalg.eigvalsh(g)[-1] * torch.eye(8)  # none of its eigenvalues is below the floor
+        weight, fold = session.merged_weight(index).double(), session.folds(plan)[index]
+        assert fold.rotation is not None and fold.projection is not None
+        for rank in (1, 2, 4):
+            ours = weight @ fold.rotation[:, :rank].double() @ fold.projection[:rank].double()
+            others = [torch.linalg.svd(weight, full_matrices=False).Vh[:rank], torch.eye(8, dtype=torch.float64)[:rank]]
+            others += [torch.linalg.qr(torch.randn(8, rank, dtype=torch.float64)).Q.t() for _ in range(20)]
+            losses = [quadratic_loss(session, index, g, weight @ q.t() @ q) for q in others]
+            assert quadratic_loss(session, index, g, ours) <= min(losses) * 1.05
+
+
+def test_worth_is_what_the_quadratic_loss_says() -> None:
+    """The worth that the knapsack saw, option by option: what a dim keeps is what the others would lose."""
+    model, session = spectral()
+    model.train()
+    search = session.algorithm
+    assert isinstance(search, SpectralSearch)
+    for index, basis in enumerate(search._bases(session)):
+        fold, weight, g = basis.fold, session.merged_weight(index).double(), basis.fisher
+        assert fold.rotation is not None and fold.projection is not None
+        for column in (0, 3, 7):
+            kept = torch.ones(8, dtype=torch.float64)
+            kept[column] = 0
+            without = weight @ fold.rotation.double() * kept @ fold.projection.double()
+            assert basis.rotated_worth.sum(0)[column] == pytest.approx(quadratic_loss(session, index, g, without), rel=1e-3)
+            assert basis.own_worth.sum(0)[column] == pytest.approx(quadratic_loss(session, index, g, weight * kept), rel=1e-6)
+
+
+def test_gradients_of_rows_give_the_fisher_matrix() -> None:
+    model, session = spectral()
+    model.eval()
+    for index, found in enumerate(_fisher(session, 16)):
+        assert torch.allclose(found, fisher(model, session, index), rtol=1e-3, atol=1e-9)
+
+
+def test_the_plan_is_the_best_there_is_within_the_budget() -> None:
+    """Against every choice of basis and dims, for two tables of two blocks, by the worth they keep."""
+    space = es.SearchSpace(row_blocks=(0.2, 0.8), column_chunks=2)
+    _, session = spectral(space=space)
+    search = session.algorithm
+    assert isinstance(search, SpectralSearch)
+    ways = [search._ways(basis, space, "bytes") for basis in search._bases(session)]
+    every = [[(way, way.plan(dims)) for way in pair for dims in product((0, 4, 8), repeat=2)] for pair in ways]
+
+    def worth(choice: Any) -> float:
+        way, plan = choice
+        sizes = dict(zip(range(2), way.basis.table.blocks.sizes, strict=True))
+        dims = [next(int(b.dim) for b in plan.blocks if b.rows == size or len(plan.blocks) == 1) for size in sizes.values()]
+        return sum(float(row[way.order][:dim].sum()) for row, dim in zip(way.worth, dims, strict=True))
+
+    for share in (0.2, 0.4, 0.7):
+        limit = int(share * session.original_bytes)
+        best = max(worth(a) + worth(b) for a in every[0] for b in every[1] if a[1].size_bytes + b[1].size_bytes <= limit)
+        plan = session.derive(es.Budget(bytes=limit))
+        chosen = [
+            next(c for c in options if c[1].blocks == table.blocks and c[1].projection == table.projection)
+            for options, table in zip(every, plan.tables, strict=True)
+        ]
+        assert sum(map(worth, chosen)) == pytest.approx(best, rel=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_without_a_budget_little_is_lost(share: float) -> None:
+    model, session, _ = searched(PLAIN, 20, algorithm=es.Spectral(warm_up=3, tolerance=share))
+    plan = session.derive(strict=False)
+    whole = [quadratic_loss(session, i, torch.eye(8).double(), torch.zeros(s.rows, 8)) for i, s in enumerate(session.specs)]
+    for index in range(2):
+        g = fisher(model.eval(), session, index)
+        lost = quadratic_loss(session, index, g, kept_rows(session, plan, index))
+        everything = quadratic_loss(session, index, g, torch.zeros(session.specs[index].rows, 8))
+        assert lost <= (share + 0.02) * everything
+        assert whole[index] > 0
+
+
+@pytest.mark.parametrize("settings", [{"batches": 0}, {"floor": 0.0}, {"floor": 2.0}, {"tolerance": 1.0}, {"tolerance": -0.1}])
+def test_settings_that_make_no_sense(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="batches must be at least 1, floor in"):
+        es.Spectral(**settings)
+
+
+def test_it_needs_validation_batches() -> None:
+    model, session = spectral()
+    session.detach()
+    other = es.prepare(Task(PLAIN.collection(), 16), algorithm=es.Spectral(), frequencies=[PLAIN.batch()])
+    other.step(PLAIN.batch())
+    with pytest.raises(es.EmbsearchError, match="spectral needs validation batches here: attach"):
+        other.derive()
+    assert model is not None
