@@ -244,6 +244,20 @@ def test_a_search_goes_on_where_it_stopped(mode: str, tmp_path: Path) -> None:
     assert str(resumed.derive()) == str(session.derive())
 
 
+def test_a_state_of_the_other_mode_is_refused() -> None:
+    _, session, _ = nis(mode="se")
+    _, other, _ = nis(mode="me")
+    with pytest.raises(es.EmbsearchError, match="with mode='se'; this one has 'me'"):
+        other.load_state_dict(session.state_dict())
+
+
+def test_logits_and_labels_of_other_examples_are_refused() -> None:
+    _, session, _ = nis()
+    session._objective = lambda model, batch: (model(batch)[0], torch.zeros(32), torch.zeros(31))
+    with pytest.raises(es.EmbsearchError, match=r"the same examples; got logits \(32,\) and labels \(31,\)"):
+        session.step(PLAIN.batch(32))
+
+
 # The result.
 
 
