@@ -182,7 +182,7 @@ class Cells:
             optimizer = self._optimizer(model)
         else:
             session.compact(plan)
-        stage = self._stage(name, model, optimizer, folder, str(place))
+        stage = self._stage(name, model, optimizer, folder, str(place), epochs=_at_most(config, course))
         converge(stage, self.watcher)
         save(model, plan, folder)
         return self._row(place, model, plan.size_bytes, course | _course_of(stage))
@@ -267,7 +267,14 @@ class Cells:
         return OPTIMIZERS[self._train.optimizer](model.parameters(), lr=self._train.lr)
 
     def _stage(
-        self, name: str, model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, title: str = "", **more: Any
+        self,
+        name: str,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        folder: Path,
+        title: str = "",
+        epochs: int | None = None,
+        **more: Any,
     ) -> Stage:
         where = [f"seed {self.seed}"] * (len(self.recipe.seeds) > 1) + [f"{k}={v:g}" for k, v in self.trial.items()]
         return Stage(
@@ -276,7 +283,7 @@ class Cells:
             optimizer,
             self.data.batches("train", self._train.batch_size, seed=self.seed),
             self.data.batches("validation", self._train.batch_size),
-            self._train,
+            self._train if epochs is None else replace(self._train, epochs=min(epochs, self._train.epochs)),
             self._checkpoint(folder, name),
             title=" ".join(filter(None, [title, name, *where])),
             task=self.data.schema.task,
@@ -333,6 +340,11 @@ class Cells:
             "trial": dict(self.trial),
             "folder": str(self._folder_of(place).relative_to(self.root)),
         }
+
+
+def _at_most(config: AlgorithmConfig, course: Stages) -> int | None:
+    """Return how many epochs a rewritten model is trained on at most, after ``course``."""
+    return config.fine_tuning_epochs(len(course[DENSE].history) - 1) if DENSE in course else None
 
 
 def _course_of(stage: Stage) -> Stages:

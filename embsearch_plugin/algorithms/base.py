@@ -33,6 +33,7 @@ class AlgorithmConfig:
         :attr:`searches_within_budget`: whether one search serves one budget only.
         :attr:`least_search_steps`: a plan may be derived after so many.
         :meth:`allocations`: those it tries, each by a training of its own.
+        :meth:`fine_tuning_epochs`: how long the rewritten model is trained on at most.
 
     What a rewrite needs to know:
         ``folds_gates``: whether gates are part of the weights, which are multiplied by them when they are stored. Otherwise
@@ -90,6 +91,14 @@ class AlgorithmConfig:
             BudgetError: where none is within the budget.
         """
         return [self]
+
+    def fine_tuning_epochs(self, dense_epochs: int) -> int | None:
+        """Return after how many epochs fine-tuning ends, converged or not; ``None`` for when it has converged.
+
+        Args:
+            dense_epochs: how many the training of the dense model took; only asked where the search starts from that.
+        """
+        return None
 
     def build(self) -> Algorithm:
         """Return a new algorithm for one session."""

@@ -51,6 +51,8 @@ class Spectral(AlgorithmConfig):
         batches: validation batches that G is estimated from; a few thousand examples are enough.
         floor: eigenvalues of G below this share of the largest count as that; it is inverted.
         tolerance: the share of each row block's worth that may be lost where no budget is kept (``derive(strict=False)``).
+        fine_tuning: a run ends it after this share of the dense training's epochs, one at least, so that all of it costs no
+            more than 1.3 plain trainings; 100, say, lets it converge.
         rivals: the uniform dims that a run trains beside it, as far as they fit the budget; a session of one's own has none.
     """
 
@@ -60,14 +62,15 @@ class Spectral(AlgorithmConfig):
     batches: int = 16
     floor: float = 1e-2
     tolerance: float = 0.01
+    fine_tuning: float = 0.25
     rivals: tuple[int, ...] = (1, 2, 4)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.batches < 1 or not 0 < self.floor <= 1 or not 0 <= self.tolerance < 1:
+        if self.batches < 1 or not 0 < self.floor <= 1 or not 0 <= self.tolerance < 1 or not self.fine_tuning > 0:
             raise ValueError(
-                "batches must be at least 1, floor in (0, 1] and tolerance in [0, 1); got "
-                f"{self.batches}, {self.floor} and {self.tolerance}"
+                "batches must be at least 1, floor in (0, 1], tolerance in [0, 1) and fine_tuning above 0; got "
+                f"{self.batches}, {self.floor}, {self.tolerance} and {self.fine_tuning}"
             )
         if any(dim < 1 for dim in self.rivals) or len(set(self.rivals)) < len(self.rivals):
             raise ValueError(f"rivals must be positive dims, no one twice; got {list(self.rivals)}")
@@ -76,6 +79,10 @@ class Spectral(AlgorithmConfig):
     def trains(self) -> bool:
         """It needs the trained model only."""
         return False
+
+    def fine_tuning_epochs(self, dense_epochs: int) -> int:
+        """Return ``fine_tuning`` of the dense training's epochs."""
+        return max(1, int(self.fine_tuning * dense_epochs))
 
     def allocations(self, tables: Sequence[Table], budget: Budget, space: SearchSpace) -> Sequence[AlgorithmConfig]:
         """Return the method itself and its rivals: multiples of the space's ``align`` that fit the budget."""

@@ -153,10 +153,17 @@ def test_without_a_budget_little_is_lost(share: float) -> None:
         assert whole[index] > 0
 
 
-@pytest.mark.parametrize("settings", [{"batches": 0}, {"floor": 0.0}, {"floor": 2.0}, {"tolerance": 1.0}, {"tolerance": -0.1}])
+@pytest.mark.parametrize(
+    "settings", [{"batches": 0}, {"floor": 0.0}, {"floor": 2.0}, {"tolerance": 1.0}, {"tolerance": -0.1}, {"fine_tuning": 0.0}]
+)
 def test_settings_that_make_no_sense(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="batches must be at least 1, floor in"):
         es.Spectral(**settings)
+
+
+def test_fine_tuning_is_a_share_of_the_dense_training() -> None:
+    assert [es.Spectral().fine_tuning_epochs(epochs) for epochs in (0, 3, 4, 8, 30)] == [1, 1, 1, 2, 7]
+    assert es.Spectral(fine_tuning=100).fine_tuning_epochs(5) == 500
 
 
 def test_it_needs_validation_batches() -> None:
