@@ -42,8 +42,10 @@ FEW_ALLOCATIONS = {
     "random": ["search.algorithm.draws=2", "search.baselines=[{name: random, by: block, draws: 2}]"],
     "mde": ["search.algorithm.temperatures=[0.2, 0.8]", "search.algorithm.block_counts=[1, 3]"],
     "magnitude": ["search.algorithm.every=5"],
+    "ncf_nis": ["search.baselines=[{name: nis, mode: se, warm_up: 5, quality: recall@1}, uniform]"],
+    "spectral": ["search.algorithm.rivals=[1]"],
 }
-"""Overrides for recipes of many trainings, by the last part of their name."""
+"""Overrides for recipes of many trainings, by the end of their name."""
 
 DATA = Planted(examples=4000, fields=4, rows=(60,), ranks=(2, 2, 1, 0), n_dense=3)
 ITERATIVE = Magnitude(rounds=2, every=2, warm_up=0)
@@ -394,7 +396,11 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_its_checkpoint(tmp_pat
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_runs_in_a_small_form(recipe: Path, tmp_path: Path) -> None:
-    overrides = [*SMALL, *ONE_CELL_EACH, *FEW_ALLOCATIONS.get(recipe.stem.rpartition("_")[2], [])]
+    overrides = [
+        *SMALL,
+        *ONE_CELL_EACH,
+        *(text for end, texts in FEW_ALLOCATIONS.items() if recipe.stem.endswith(end) for text in texts),
+    ]
     if "ml1m" in recipe.stem:
         movielens.write_sample(tmp_path / "data")
         overrides.append(f"data.path={tmp_path / 'data'}")
