@@ -6,6 +6,7 @@ What several cells need is trained once and kept beside them: the dense model, a
     METHOD/                         the searched model's checkpoints and course, where one search serves every budget
     METHOD/BUDGET/                  the compact model, trained on or anew: plan.json, model.safetensors, cell.json
     METHOD/ALLOCATION/...           the same for each allocation, where a method tries several
+    ALGORITHM/SETTINGS/             an allocation that is the same at every budget, and for all methods that try it
 
 A cell that is finished has a ``cell.json``, and is never trained again. One that was stopped goes on at its last epoch.
 """
@@ -33,7 +34,7 @@ from embsearch_plugin.fused import FusedEmbeddingBags
 from embsearch_plugin.hookspecs import hookimpl
 from embsearch_plugin.plan import SizePlan
 from embsearch_plugin.plugins import find_collections
-from embsearch_plugin.recipes import OPTIMIZERS, Fused, Recipe, Train
+from embsearch_plugin.recipes import OPTIMIZERS, Fused, Recipe, Train, settings
 from embsearch_plugin.saving import PLAN, WEIGHTS, apply, load, save
 from embsearch_plugin.search.session import Session
 from embsearch_plugin.tasks import Score
@@ -115,11 +116,11 @@ class Cells:
         folder = self._folder_of(place)
         if not (folder / CELL).exists():
             (folder / TEST).unlink(missing_ok=True)  # of a model that is gone
-            row = self._dense() if place.config is None else self._compact(place, place.config)
-            write_json(folder / CELL, row)
+            write_json(folder / CELL, self._dense() if place.config is None else self._compact(place, place.config))
         if place.config is not None:
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # no other cell needs them
-        return _read(folder / CELL)
+        row: Row = _read(folder / CELL)
+        return row | self._named(place)  # an allocation that several methods and budgets share is recorded once
 
     def test(self, row: Row) -> Score:
         """Return how good a finished cell's model is on the test split. Nothing else reads that split."""
@@ -238,6 +239,8 @@ class Cells:
         return self.root / "cells" / f"seed-{self.seed}" / f"trial-{self.number}"
 
     def _folder_of(self, place: Place) -> Path:
+        if place.allocation and place.config is not None and place.config.same_at_every_budget:
+            return self.folder / slug(place.config.name) / slug(", ".join(settings(place.config)))
         return self.folder / slug(place.method) / slug(place.allocation) / slug(place.budget or "")
 
     def _search_folder(self, place: Place) -> Path:

@@ -149,7 +149,7 @@ class Matrix:
 
     def rows(self, chosen: dict[Contest, Choice]) -> list[Row]:
         """Return all cells, result by result, with the test metrics of the chosen ones; reads the test split."""
-        return [self._row(cells, place, chosen) for cells, place in self._finished()]
+        return [self._row(cells, place, chosen) for cells, place in self._counting(chosen)]
 
     def course(self, chosen: dict[Contest, Choice]) -> list[dict[str, float]]:
         """Return the recorded search steps of the recipe's algorithm: first seed, first budget, what was chosen there."""
@@ -205,13 +205,13 @@ class Matrix:
             tried = [config]  # its search raises the error again, and the cell says why it is infeasible
         return [Place(method, budget, _told_apart(each, config), each) for each in tried]
 
-    def _finished(self) -> Iterator[tuple[Cells, Place]]:
-        """Yield every cell that was trained, result by result."""
-        for places in self._contests.values():
-            for seed in self.recipe.seeds:
-                for trial in self._trials:
-                    cells = self.at(seed, trial)
-                    yield from ((cells, place) for place in places if cells.has(place))
+    def _counting(self, chosen: dict[Contest, Choice]) -> Iterator[tuple[Cells, Place]]:
+        """Yield, result by result, all that was tried from the first seed, and what was chosen from the others."""
+        first, *others = self.recipe.seeds
+        for contest, places in self._contests.items():
+            yield from ((self.at(first, trial), place) for trial in self._trials for place in places)
+            trial, place = chosen[contest]
+            yield from ((self.at(seed, trial), place) for seed in others)
 
     def _row(self, cells: Cells, place: Place, chosen: dict[Contest, Choice]) -> Row:
         row = cells.get(place)

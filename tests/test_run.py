@@ -236,6 +236,19 @@ def test_of_several_allocations_the_best_on_validation_is_kept_and_used_for_the_
             assert [table["blocks"] for table in one] == [table["blocks"] for table in two]
 
 
+def test_an_allocation_that_does_not_depend_on_the_budget_is_trained_once_for_all(tmp_path: Path) -> None:
+    search = {"algorithm": es.Grid(dims=(1, 2)), "baselines": (es.Spectral(rivals=(2,)),), "budgets": ("50%", "25%")}
+    search["space"] = es.SearchSpace(align=1)
+    epochs = KilledAfter(10_000)
+    metrics = run(small(search, {"epochs": 1}), tmp_path, watcher=epochs)
+    assert epochs.left == 10_000 - 2 * 5  # dense, dims 1 and 2, the spectral method twice: a first look and an epoch each
+    shared = [cell for cell in metrics["cells"] if cell["allocation"] == "uniform, dim=2"]
+    assert [(cell["method"], cell["budget"]) for cell in shared] == [
+        (method, budget) for method in ("grid", "spectral") for budget in ("50%", "25%")
+    ]
+    assert len({cell["folder"] for cell in shared}) == len({json.dumps(cell["validation"]) for cell in shared}) == 1
+
+
 def test_a_grid_of_which_nothing_fits_is_infeasible(tmp_path: Path) -> None:
     search = {"algorithm": es.Grid(dims=(4, 8)), "baselines": (Uniform(dim=2), Uniform(dim=8)), "budgets": ("25%",)}
     metrics = run(small(search, {"epochs": 1}), tmp_path)

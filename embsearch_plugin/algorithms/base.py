@@ -33,6 +33,7 @@ class AlgorithmConfig:
         :attr:`searches_within_budget`: whether one search serves one budget only.
         :attr:`least_search_steps`: a plan may be derived after so many.
         :meth:`allocations`: those it tries, each by a training of its own.
+        :attr:`same_at_every_budget`: whether it is one and the same model for all budgets.
         :meth:`fine_tuning_epochs`: how long the rewritten model is trained on at most.
 
     What a rewrite needs to know:
@@ -66,6 +67,11 @@ class AlgorithmConfig:
     @property
     def searches_within_budget(self) -> bool:
         """Whether the search itself depends on the budget; otherwise plans for many budgets come of one search."""
+        return False
+
+    @property
+    def same_at_every_budget(self) -> bool:
+        """Whether its plan, and so the trained model, is the same at every budget that it fits."""
         return False
 
     @property

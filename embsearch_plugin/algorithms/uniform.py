@@ -43,6 +43,11 @@ class Uniform(AlgorithmConfig):
         """Sizes are known before any training."""
         return False
 
+    @property
+    def same_at_every_budget(self) -> bool:
+        """A dim that was asked for does not depend on the budget."""
+        return self.dim is not None
+
     def build(self) -> "UniformSearch":
         """Return the algorithm of one session."""
         return UniformSearch(self)
