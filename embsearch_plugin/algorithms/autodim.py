@@ -44,7 +44,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from embsearch_plugin.algorithms.base import AlgorithmConfig
-from embsearch_plugin.algorithms.selection import CandidateDims, CandidateSearch
+from embsearch_plugin.algorithms.parts.selection import CandidateDims, CandidateSearch
 from embsearch_plugin.hookspecs import hookimpl
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from embsearch_plugin.algorithms.base import AlgorithmConfig
-from embsearch_plugin.algorithms.pruning import prune_pairs, prune_weights
+from embsearch_plugin.algorithms.parts.pruning import prune_pairs, prune_weights
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.hookspecs import hookimpl
 from embsearch_plugin.plan import SizePlan

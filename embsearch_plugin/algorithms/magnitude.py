@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from embsearch_plugin.algorithms.base import AlgorithmConfig
-from embsearch_plugin.algorithms.pruning import kept_pairs, prune_pairs, prune_weights
+from embsearch_plugin.algorithms.parts.pruning import kept_pairs, prune_pairs, prune_weights
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.hookspecs import hookimpl
 from embsearch_plugin.plan import SizePlan

@@ -19,8 +19,8 @@ Differences from the paper:
     * Advantage actor-critic in step: A3C without its asynchronous workers. Processes that train together average their
       gradients. There is no entropy bonus; the paper mentions none.
     * How the baseline uses "the choices that have already been made" is not said; see
-      :class:`~embsearch_plugin.algorithms.controller.Controller`. Adagrad's sum of squares starts at PyTorch's 0; TensorFlow's
-      0.1 makes small steps for thousands of updates.
+      :class:`~embsearch_plugin.algorithms.parts.controller.Controller`. Adagrad's sum of squares starts at PyTorch's 0;
+      TensorFlow's 0.1 makes small steps for thousands of updates.
     * ``warm_up`` is 50 weight steps, not 100K of 1M to 3M, to fit short runs. While the controller has learned little all arms
       are about equally likely, so that every block goes on being trained. For long runs set some per cent of the steps.
     * Gates outside training are the mean over the controller's draws, as weights are scaled after dropout: the most likely
@@ -41,11 +41,11 @@ import torch
 from torch import Tensor
 
 from embsearch_plugin.algorithms.base import AlgorithmConfig
-from embsearch_plugin.algorithms.block_choices import BlockChoices
-from embsearch_plugin.algorithms.controller import Controller
-from embsearch_plugin.algorithms.embedding_blocks import Mode
-from embsearch_plugin.algorithms.quality import Quality, number, one_class, quality_of
-from embsearch_plugin.algorithms.scoring import losses
+from embsearch_plugin.algorithms.parts.block_choices import BlockChoices
+from embsearch_plugin.algorithms.parts.controller import Controller
+from embsearch_plugin.algorithms.parts.embedding_blocks import Mode
+from embsearch_plugin.algorithms.parts.quality import Quality, number, one_class, quality_of
+from embsearch_plugin.algorithms.parts.scoring import losses
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import Table
 from embsearch_plugin.compact.fold import Fold

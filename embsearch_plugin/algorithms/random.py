@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from embsearch_plugin.algorithms.base import AlgorithmConfig
-from embsearch_plugin.algorithms.fixed import Dims, FixedAllocation, proportional
+from embsearch_plugin.algorithms.parts.fixed import Dims, FixedAllocation, proportional
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import Table
 from embsearch_plugin.hookspecs import hookimpl

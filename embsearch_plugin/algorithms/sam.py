@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from embsearch_plugin import distributed
 from embsearch_plugin.algorithms.base import AlgorithmConfig
-from embsearch_plugin.algorithms.selection import CandidateDims, CandidateSearch
+from embsearch_plugin.algorithms.parts.selection import CandidateDims, CandidateSearch
 from embsearch_plugin.hookspecs import hookimpl
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from embsearch_plugin.algorithms.base import AlgorithmConfig
-from embsearch_plugin.algorithms.fixed import Dims, FixedAllocation
+from embsearch_plugin.algorithms.parts.fixed import Dims, FixedAllocation
 from embsearch_plugin.budget import Budget, human_bytes
 from embsearch_plugin.collection import Table
 from embsearch_plugin.errors import BudgetError

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from embsearch_plugin.algorithms.pruning import best_pairs
+from embsearch_plugin.algorithms.parts.pruning import best_pairs
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import Table
 from embsearch_plugin.data.dataset import Field, Schema, Split, TabularDataset, random_split

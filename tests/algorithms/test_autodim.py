@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import embsearch_plugin as es
 from embsearch_plugin.algorithms.autodim import AutoDimSearch
-from embsearch_plugin.algorithms.candidates import CandidateForm
-from embsearch_plugin.algorithms.scoring import losses
-from embsearch_plugin.algorithms.selection import temperature
+from embsearch_plugin.algorithms.parts.candidates import CandidateForm
+from embsearch_plugin.algorithms.parts.scoring import losses
+from embsearch_plugin.algorithms.parts.selection import temperature
 from embsearch_plugin.bench.workload import FUSED
 from embsearch_plugin.collection import Table
 from embsearch_plugin.errors import BudgetError, PlanError, SpaceError

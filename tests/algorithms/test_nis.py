@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torchrec.datasets.utils import Batch
 
 import embsearch_plugin as es
-from embsearch_plugin.algorithms.block_choices import BlockChoices
-from embsearch_plugin.algorithms.embedding_blocks import EmbeddingBlocks, menu
+from embsearch_plugin.algorithms.parts.block_choices import BlockChoices
+from embsearch_plugin.algorithms.parts.embedding_blocks import EmbeddingBlocks, menu
 from embsearch_plugin.collection import Table
 from embsearch_plugin.files import read_state, write_state
 from embsearch_plugin.search.session import Session

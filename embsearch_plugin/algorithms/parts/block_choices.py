@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from embsearch_plugin.algorithms.embedding_blocks import EmbeddingBlocks, Mode
+from embsearch_plugin.algorithms.parts.embedding_blocks import EmbeddingBlocks, Mode
 from embsearch_plugin.budget import allocate_among
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from embsearch_plugin.algorithms.base import AlgorithmConfig
-from embsearch_plugin.algorithms.candidates import FORMS, CandidateForm, Lookup, candidates_of
-from embsearch_plugin.algorithms.scoring import losses
+from embsearch_plugin.algorithms.parts.candidates import FORMS, CandidateForm, Lookup, candidates_of
+from embsearch_plugin.algorithms.parts.scoring import losses
 from embsearch_plugin.budget import Budget, Option, TableOptions, allocate
 from embsearch_plugin.collection import Table
 from embsearch_plugin.compact.fold import UNFOLDED, Fold

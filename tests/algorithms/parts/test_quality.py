@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from embsearch_plugin.algorithms.quality import auc, negative_squared_error, number, one_class, quality_of, recall
+from embsearch_plugin.algorithms.parts.quality import auc, negative_squared_error, number, one_class, quality_of, recall
 from embsearch_plugin.errors import QualityError
 
 

@@ -5,7 +5,7 @@ import torch
 from support import PLAIN, searched, task
 
 import embsearch_plugin as es
-from embsearch_plugin.algorithms.scoring import losses
+from embsearch_plugin.algorithms.parts.scoring import losses
 
 
 def test_losses_are_those_of_exchanged_gates_over_all_examples_and_leave_no_trace() -> None:

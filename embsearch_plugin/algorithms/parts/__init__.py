@@ -1,0 +1,1 @@
+"""What algorithms are made of: allocations, pruning, candidates, controllers, scores."""
