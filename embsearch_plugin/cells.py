@@ -14,8 +14,9 @@ A cell that is finished has a ``cell.json``, and is never trained again. One tha
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass, field, replace
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from embsearch_plugin.algorithms.base import AlgorithmConfig
 from embsearch_plugin.compact.collection import CompactEmbeddingBagCollection
-from embsearch_plugin.data.dataset import Dataset, Split
+from embsearch_plugin.data.dataset import Batches, Dataset, Split
 from embsearch_plugin.decorator import prepare
 from embsearch_plugin.errors import BudgetError, NonFiniteLoss, RunFolderError
 from embsearch_plugin.evaluation import evaluate
@@ -183,7 +184,8 @@ class Cells:
             optimizer = self._optimizer(model)
         else:
             session.compact(plan)
-        stage = self._stage(name, model, optimizer, folder, str(place), epochs=_at_most(config, course))
+        limits = _limits(config, course, self._train, self.data.batches("train", self._train.batch_size))
+        stage = self._stage(name, model, optimizer, folder, str(place), **limits)
         converge(stage, self.watcher)
         save(model, plan, folder)
         return self._row(place, model, plan.size_bytes, course | _course_of(stage))
@@ -276,7 +278,7 @@ class Cells:
         optimizer: torch.optim.Optimizer,
         folder: Path,
         title: str = "",
-        epochs: int | None = None,
+        options: Train | None = None,
         **more: Any,
     ) -> Stage:
         where = [f"seed {self.seed}"] * (len(self.recipe.seeds) > 1) + [f"{k}={v:g}" for k, v in self.trial.items()]
@@ -286,7 +288,7 @@ class Cells:
             optimizer,
             self.data.batches("train", self._train.batch_size, seed=self.seed),
             self.data.batches("validation", self._train.batch_size),
-            self._train if epochs is None else replace(self._train, epochs=min(epochs, self._train.epochs)),
+            options or self._train,
             self._checkpoint(folder, name),
             title=" ".join(filter(None, [title, name, *where])),
             task=self.data.schema.task,
@@ -345,9 +347,15 @@ class Cells:
         }
 
 
-def _at_most(config: AlgorithmConfig, course: Stages) -> int | None:
-    """Return how many epochs a rewritten model is trained on at most, after ``course``."""
-    return config.fine_tuning_epochs(len(course[DENSE].history) - 1) if DENSE in course else None
+def _limits(config: AlgorithmConfig, course: Stages, train: Train, batches: Batches) -> dict[str, Any]:
+    """Return what limits the training of a rewritten model after ``course``: its epochs, and the steps of an epoch."""
+    limit = config.fine_tuning_epochs(len(course[DENSE].history) - 1) if DENSE in course else None
+    if limit is None:
+        return {"options": train}
+    options = replace(train, epochs=min(max(int(limit), 1), train.epochs))
+    if limit >= 1 or not isinstance(batches, Sized):  # a stream's length is not known
+        return {"options": options}
+    return {"options": options, "steps": max(ceil(limit * len(batches)), 1)}
 
 
 def _course_of(stage: Stage) -> Stages:

@@ -1,9 +1,10 @@
 """Training one model to convergence, in a way that can be killed and resumed."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ class Stage:
         optimizer: the loop's optimizer.
         session: the search that runs along, if any.
         observers: what else has a state to keep in the checkpoint, by name.
+        steps: an epoch is so many batches; by default all there are.
         title: what it is called where people look; by default its name.
         task: what the model is asked.
     """
@@ -64,6 +66,7 @@ class Stage:
     observers: Mapping[str, Any] = field(default_factory=dict)
     title: str = ""
     task: Task = CLICK
+    steps: int | None = None
     history: list[Epoch] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -110,7 +113,8 @@ def converge(stage: Stage, watcher: Watcher) -> list[Epoch]:
     Raises:
         NonFiniteLoss: where the training or the validation loss is NaN or infinite.
     """
-    watcher.stage(stage.title, len(stage.train) if hasattr(stage.train, "__len__") else None, stage.task)
+    steps = len(stage.train) if isinstance(stage.train, Sized) else None
+    watcher.stage(stage.title, stage.steps or steps, stage.task)
     if stage.checkpoint.exists():
         _resume(stage)
     else:
@@ -135,7 +139,7 @@ def train_epoch(stage: Stage, stepped: Callable[[], None] = lambda: None) -> flo
     stage.model.train()
     total, steps = 0.0, 0
     with looked_up(stage.model) as embeddings:
-        for batch in stage.train:
+        for batch in islice(stage.train, stage.steps):
             stage.optimizer.zero_grad()
             embeddings.clear()
             loss, _ = stage.model(batch)

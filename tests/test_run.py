@@ -1,6 +1,7 @@
 """The main job, in small: what it writes, that it can be stopped and resumed, and what it refuses."""
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -234,6 +235,31 @@ def test_of_several_allocations_the_best_on_validation_is_kept_and_used_for_the_
             assert all(cell["bytes"] <= es.Budget.of(budget).limit(metrics["original_bytes"]) for cell in cells)
             one, two = (json.loads((tmp_path / cell["folder"] / "plan.json").read_text())["tables"] for cell in chosen)
             assert [table["blocks"] for table in one] == [table["blocks"] for table in two]
+
+
+@pytest.mark.parametrize(("share", "epochs", "steps"), [(0.1, 1, 0.2), (0.4, 1, 0.8), (0.75, 1, 1), (1.0, 2, 2)])
+def test_fine_tuning_of_the_spectral_method_is_limited(share: float, epochs: int, steps: float, tmp_path: Path) -> None:
+    seen = Counted()
+    search = {"algorithm": es.Spectral(rivals=(), fine_tuning=share), "baselines": ()}
+    metrics = run(small(search, {"epochs": 2, "patience": 9}), tmp_path, watcher=seen)  # the dense model takes both epochs
+    (cell,) = by_place(metrics, method="spectral")
+    assert len(cell["stages"]["fine-tune"]) - 1 == epochs
+    dense, fine_tuning = seen.steps.values()
+    assert fine_tuning == math.ceil(steps * dense / 2)
+
+
+class Counted(Watcher):
+    """Counts the weight steps of each stage."""
+
+    def __init__(self) -> None:
+        self.steps: dict[str, int] = {}
+        self.name = ""
+
+    def stage(self, name: str, *_: object) -> None:
+        self.name = name
+
+    def step(self) -> None:
+        self.steps[self.name] = self.steps.get(self.name, 0) + 1
 
 
 def test_an_allocation_that_does_not_depend_on_the_budget_is_trained_once_for_all(tmp_path: Path) -> None:

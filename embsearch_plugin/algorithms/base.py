@@ -98,8 +98,10 @@ class AlgorithmConfig:
         """
         return [self]
 
-    def fine_tuning_epochs(self, dense_epochs: int) -> int | None:
+    def fine_tuning_epochs(self, dense_epochs: int) -> float | None:
         """Return after how many epochs fine-tuning ends, converged or not; ``None`` for when it has converged.
+
+        Below one it is a part of an epoch; above one the whole ones count.
 
         Args:
             dense_epochs: how many the training of the dense model took; only asked where the search starts from that.

@@ -51,8 +51,8 @@ class Spectral(AlgorithmConfig):
         batches: validation batches that G is estimated from; a few thousand examples are enough.
         floor: eigenvalues of G below this share of the largest count as that; it is inverted.
         tolerance: the share of each row block's worth that may be lost where no budget is kept (``derive(strict=False)``).
-        fine_tuning: a run ends it after this share of the dense training's epochs, one at least, so that all of it costs no
-            more than 1.3 plain trainings; 100, say, lets it converge.
+        fine_tuning: a run ends it after this share of the dense training's epochs, so that all of it costs no more than 1.3
+            plain trainings (a step of a compact model takes longer on a CPU); 100, say, lets it converge.
         rivals: the uniform dims that a run trains beside it, as far as they fit the budget; a session of one's own has none.
     """
 
@@ -62,7 +62,7 @@ class Spectral(AlgorithmConfig):
     batches: int = 16
     floor: float = 1e-2
     tolerance: float = 0.01
-    fine_tuning: float = 0.25
+    fine_tuning: float = 0.2
     rivals: tuple[int, ...] = (1, 2, 4)
 
     def __post_init__(self) -> None:
@@ -80,9 +80,9 @@ class Spectral(AlgorithmConfig):
         """It needs the trained model only."""
         return False
 
-    def fine_tuning_epochs(self, dense_epochs: int) -> int:
+    def fine_tuning_epochs(self, dense_epochs: int) -> float:
         """Return ``fine_tuning`` of the dense training's epochs."""
-        return max(1, int(self.fine_tuning * dense_epochs))
+        return self.fine_tuning * dense_epochs
 
     def allocations(self, tables: Sequence[Table], budget: Budget, space: SearchSpace) -> Sequence[AlgorithmConfig]:
         """Return the method itself and its rivals: multiples of the space's ``align`` that fit the budget."""
