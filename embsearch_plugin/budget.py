@@ -177,10 +177,18 @@ class TableOptions:
         return min([*costs, self._cheapest_blocks] if self.blocks else costs)
 
     @property
+    def _least(self) -> list[Option]:
+        """The cheapest option of each block."""
+        return [min(block, key=lambda option: (option.cost, option.dim)) for block in self.blocks]
+
+    @property
+    def _least_columns(self) -> int:
+        """The columns that are paid for in any case."""
+        return max((option.dim for option in self._least), default=0)
+
+    @property
     def _cheapest_blocks(self) -> int:
-        least = [min(block, key=lambda option: (option.cost, option.dim)) for block in self.blocks]
-        columns = max((option.dim for option in least), default=0)
-        return self.fixed_cost + sum(option.cost for option in least) + self.column_cost * columns
+        return self.fixed_cost + sum(option.cost for option in self._least) + self.column_cost * self._least_columns
 
     def within(self, ceiling: int) -> "TableOptions":
         """Leave out what cannot be part of a best choice for this table at no more than ``ceiling``."""
@@ -188,8 +196,15 @@ class TableOptions:
         left = ceiling - self._cheapest_blocks
         if left < 0:
             return replace(self, uniform=uniform, blocks=())
-        blocks = tuple(_worthwhile(block, left + min(option.cost for option in block)) for block in self.blocks)
-        return replace(self, uniform=uniform, blocks=blocks)
+        affordable = [
+            [option for option in block if option.cost - least.cost + self._more_columns(option) <= left]
+            for block, least in zip(self.blocks, self._least, strict=True)
+        ]
+        return replace(self, uniform=uniform, blocks=tuple(_worthwhile(block, ceiling) for block in affordable))
+
+    def _more_columns(self, option: Option) -> int:
+        """Return what the columns of an option cost beyond those that are paid for in any case."""
+        return self.column_cost * max(option.dim - self._least_columns, 0)
 
 
 def _worthwhile(options: Sequence[Option], ceiling: int) -> tuple[Option, ...]:
@@ -204,8 +219,9 @@ def _worthwhile(options: Sequence[Option], ceiling: int) -> tuple[Option, ...]:
 def allocate(tables: Sequence[TableOptions], limit: int, unit: str = "bytes") -> list[tuple[int, ...]]:
     """Choose one option per table, or per block of a table, so that the utility is greatest within ``limit``.
 
-    An exact multiple-choice knapsack, solved as a mixed-integer programme by HiGHS. Of a block's options that are worth
-    the same, the cheapest is taken.
+    An exact multiple-choice knapsack, solved as a mixed-integer programme by HiGHS. The limit is kept to the byte; HiGHS
+    counts in floating point, so what the last millionth of the limit could buy may be missed. Of a block's options that are
+    worth the same, the cheapest is taken.
 
     Returns:
         Per table the chosen dims: one where the table is stored uniformly, else one per block.
@@ -301,7 +317,8 @@ class _Knapsack:
         limit = min(limit, int(self.costs.sum()))
         # HiGHS's tolerances are absolute, about 1e-6. A power of two keeps whole numbers of bytes exact.
         scale = 2.0 ** max(0, limit.bit_length() - 24)
-        worth = self.utilities / (float(np.abs(self.utilities).max()) or 1.0)
+        # So are those of the gap to the best, 1e-6: worths up to 1,000 make it a billionth of the largest.
+        worth = self.utilities / (float(np.abs(self.utilities).max()) or 1.0) * 1e3
         with _silent_solver():
             found = milp(
                 -worth,
