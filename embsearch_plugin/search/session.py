@@ -187,7 +187,8 @@ class Session:
         """Differentiate the loss on ``batch`` with respect to ``leaves``, of which ``gates`` are made.
 
         With ``xi`` above zero, the loss is the one after a virtual weight step of that rate on the last training batch
-        (second order; dnis.txt, Eq. 7). Gradients are averaged over processes. Nothing of the model changes.
+        (second order; dnis.txt, Eq. 7). Loss and gradients are averaged over processes, so that all of them decide alike.
+        Nothing of the model changes.
 
         Raises:
             NonFiniteLoss: where the loss is NaN or infinite.
@@ -196,7 +197,8 @@ class Session:
         with self._own_forward(), self._tables.searching(gates):
             outcome = self._second_order(batch, gates, xi) if xi else outcome_of(self._objective, self.model, batch)
             gradients = self._checked_gradients(outcome.loss, leaves)
-        return float(outcome.loss.detach()), distributed.mean(gradients)
+        loss, *gradients = distributed.mean([outcome.loss.detach().float(), *gradients])
+        return float(loss), gradients
 
     def _checked_gradients(self, loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
         if not math.isfinite(float(loss.detach())):
