@@ -198,7 +198,17 @@ class SearchedTables:
         raise IndexError(f"there are {len(self.specs)} tables")
 
     def merged_weight(self, table: int) -> Tensor:
-        """Return a table's weights times the gates that multiply rows, float32 (V, W)."""
+        """Return a table's weights times the gates that multiply rows, float32 (V, W).
+
+        Raises:
+            UnsupportedCollection: where the table is sharded, on every process.
+        """
+        if not self._place(table)[0].is_local:
+            raise UnsupportedCollection(
+                f"the weights of table {str(self.specs[table])!r} must be whole on every process, and they are sharded.\n"
+                "  Possible solutions: 1) derive before DistributedModelParallel  2) DistributedDataParallel instead  3) an "
+                "algorithm that reads sums over row blocks: dnis or magnitude, not fine_grained."
+            )
         ((_, _, weight),) = self.weight_pieces(table)
         lookup = self._lookup(table).to(weight.device)
         return weight.detach().float() * self._row_gates(table).index_select(0, lookup)
