@@ -29,11 +29,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from embsearch_plugin import distributed
 from embsearch_plugin.algorithms.base import AlgorithmConfig
 from embsearch_plugin.algorithms.uniform import Uniform, fitting_dims
 from embsearch_plugin.budget import Budget, Option, TableOptions, allocate_among
 from embsearch_plugin.collection import Table
 from embsearch_plugin.compact.fold import UNFOLDED, Fold
+from embsearch_plugin.errors import SessionError
 from embsearch_plugin.hookspecs import hookimpl
 from embsearch_plugin.plan import SizePlan, TablePlan, placement_bytes, projected_column_bytes, remap_bytes
 from embsearch_plugin.space import SearchSpace
@@ -146,9 +148,23 @@ def _shares(counts: Tensor) -> Tensor:
 
 
 def _fisher(session: "Session", batches: int) -> list[Tensor]:
-    """Return G of each table, float64 (D, D)."""
-    found = [[rows.double() for rows in session.row_gradients(batch)] for batch in session.validation_batches(batches)]
-    return [torch.stack([rows.t() @ rows for rows in of_table]).mean(0).cpu() for of_table in zip(*found, strict=True)]
+    """Return G of each table, float64 (D, D): the mean over the examples of all processes, so that all derive one plan.
+
+    Raises:
+        SessionError: where there is no validation batch.
+    """
+    device = session.gates[0].device
+    sums = [torch.zeros(spec.dim, spec.dim, dtype=torch.float64, device=device) for spec in session.specs]
+    examples = torch.zeros((), dtype=torch.float64, device=device)
+    for batch in session.validation_batches(batches):
+        gradients, size = session.row_gradients(batch)
+        examples += size
+        for of_table, rows in zip(sums, gradients, strict=True):
+            of_table.addmm_(rows.double().t(), rows.double())
+    *means, seen = distributed.mean([*sums, examples])
+    if not seen:
+        raise SessionError("G is estimated from validation batches, and the loader has none. Use a larger split.")
+    return [(mean / seen).cpu() for mean in means]
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,7 +25,7 @@ from embsearch_plugin.optimizers import check_hook_fires
 from embsearch_plugin.plan import SizePlan, mismatch
 from embsearch_plugin.plugins import manager
 from embsearch_plugin.randomness import private_random
-from embsearch_plugin.search.objective import Objective, Outcome, move, outcome_of, train_task, untouched
+from embsearch_plugin.search.objective import Objective, Outcome, evaluating, move, outcome_of, train_task, untouched
 from embsearch_plugin.search.ranking import Frequencies, Ranking
 from embsearch_plugin.search.second_order import after_weight_step
 from embsearch_plugin.search.tables import SearchedTables, SearchTable
@@ -168,18 +168,19 @@ class Session:
             raise SessionError(f"{self.config.name} needs validation batches here: attach(optimizer, validation=...) first.")
         return [move(batch, self._tables.device) for batch in self._validation.first(count)]
 
-    def row_gradients(self, batch: Any) -> list[Tensor]:
-        """Return rows whose outer products add up to the mean of g g^T over the batch's examples: per table float32 (n, D).
+    def row_gradients(self, batch: Any) -> tuple[list[Tensor], int]:
+        """Return rows whose outer products add up to the sum of g g^T over the batch's lookups, and the number of examples.
 
-        g is the gradient of an example's loss with respect to a looked-up row, summed over its lookups in g g^T; the loss is
-        taken to be a mean over examples. There is a row for each bag that is not empty: all its ids have the gradient of
-        the bag's output (divided by their number, where a table is averaged). Weights of ids are not looked at. Leaves no
-        trace in the model.
+        g is the gradient of an example's loss with respect to a looked-up row; the loss is taken to be a mean over
+        examples. Rows are per table float32 (n, D): one for each bag that is not empty, since all its ids have the gradient
+        of the bag's output, times their weights, and divided by their number where a table is averaged. The model runs in
+        evaluation mode, since batch norm makes examples depend on each other. Those of this process; leaves no trace.
         """
-        with self._own_forward(), self._tables.capturing() as captured:
+        with evaluating(self.model), self._own_forward(), self._tables.capturing() as captured:
             outcome = outcome_of(self._objective, self.model, batch)
             gradients = self._checked_gradients(outcome.loss, [output.values for output in captured])
-        return self._tables.rows_of(captured, gradients)
+        examples = len(outcome.logits)
+        return [rows * examples for rows in self._tables.rows_of(captured, gradients)], examples
 
     def gate_gradients(
         self, batch: Any, gates: Sequence[Tensor], leaves: Sequence[Tensor], xi: float = 0.0

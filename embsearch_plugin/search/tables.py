@@ -159,8 +159,11 @@ class SearchedTables:
                 supernet.captured = None
 
     def rows_of(self, captured: Sequence[Captured], gradients: Sequence[Tensor]) -> list[Tensor]:
-        """Return what :meth:`Session.row_gradients` does, of the gradients of what was captured."""
-        found: list[list[Tensor]] = [[] for _ in self.specs]
+        """Return, per table (n, D), a row for each captured bag that is not empty, of the outputs' gradients.
+
+        Its outer product is the sum of those of the gradients of the bag's lookups.
+        """
+        found = [[torch.empty(0, spec.dim, device=self.device)] for spec in self.specs]
         for output, gradient in zip(captured, gradients, strict=True):
             first = sum(len(supernet.tables) for supernet in self.supernets[: self.supernets.index(output.supernet)])
             for table, rows in output.row_gradients(gradient):
