@@ -4,7 +4,10 @@ After ordinary training, per table with rows E (V x D): let p_i be row i's share
 g g^T over examples, where g is the gradient of an example's loss with respect to a looked-up row (the empirical Fisher
 matrix; an example's lookups add up). Losing the part delta_i of every row then costs, to second order, about
 
-    1/2 sum over i of  p_i delta_i^T G delta_i          of the mean loss.
+    1/2 sum over i of  p_i delta_i^T G delta_i          of the mean loss,
+
+where g is taken to say nothing of the row that was looked up, nor of the others of its bag. g is the bag's gradient, times
+the id's weight, and divided by the bag's length where a table is averaged. The examples are those of all processes.
 
 So, with Q from the SVD of diag(sqrt p) E G^(1/2) = P S Q^T, the table is stored as A = E G^(1/2) Q, whose columns stand by
 falling worth, and is read through the projection Q^T G^(-1/2). Dropping column c for the rows of block b costs 1/2 sum over
