@@ -5,6 +5,8 @@ A soft selection layer alpha, one row per row block and one column per embedding
 Afterwards it is merged into the embeddings, and what is small there is pruned (2.5).
 
 Differences from the paper:
+    * The number of blocks is the space's, by default six at most, the smallest of frequent rows; L is 10 for MovieLens and 6
+      for Criteo there (3.1).
     * Rows are cut per table by default; ``SearchSpace(scope="global")`` sorts the features of all tables in one list, as
       in 2.3.
     * The pruning threshold of Eq. 9 is tuned by hand there; here it follows from the budget.
@@ -41,7 +43,8 @@ class Dnis(AlgorithmConfig):
         lr: learning rate of Adam for alpha (3.1).
         xi: learning rate of the virtual weight step (Eq. 6); 0 is the first-order approximation.
         fine_grained: prune single weights (Eq. 9) instead of (block, column) pairs.
-        threshold: epsilon of Eq. 9, used where no budget is kept (``derive(strict=False)``).
+        threshold: epsilon of Eq. 9, used where no budget is kept (``derive(strict=False)``): the least magnitude of a weight
+            that is kept, or the least root mean square of a pair.
         epsilon: of Eq. 8, against division by zero.
         patience: stop searching when the mean validation loss of ``window`` search steps has not improved for so many
             windows; alpha then stays as it is.

@@ -4,7 +4,8 @@ The model trains as it is. Then the (row block, column) pairs with the most ener
 weights above one threshold. Fine-tuning is the training that goes on after ``compact``.
 
 One shot by default. With ``rounds`` above one, pruning and training take turns, as Han et al. advise: round k of n keeps the
-share budget ** (k / n) of the bytes, so that each round removes the same part of what is left; what is removed stays so.
+share budget ** (k / n) of the bytes, so that each round removes the same part of what is left; what is removed stays so,
+unless ranks are refreshed (:class:`AlgorithmConfig`'s ``warm_up``): a row has the columns of the block it moves to.
 
 Differences from Han et al.:
     * Embedding tables only.

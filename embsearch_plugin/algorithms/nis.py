@@ -104,7 +104,10 @@ class Nis(AlgorithmConfig):
         return True
 
     def space(self, given: SearchSpace | None) -> SearchSpace:
-        """Return five equal row blocks by four equal column chunks (4.1.3), where the user asked for nothing else."""
+        """Return five equal row blocks by four equal column chunks (4.1.3), where the user asked for nothing else.
+
+        Fewer, where a table is too small for the space's ``min_block_rows`` or too narrow for its ``align``.
+        """
         return given or SearchSpace(row_blocks=(0.2,) * 5, column_chunks=4)
 
     def form(self, table: Table, space: SearchSpace) -> Form:

@@ -4,7 +4,10 @@ After ordinary training, per table with rows E (V x D): let p_i be row i's share
 g g^T over examples, where g is the gradient of an example's loss with respect to a looked-up row (the empirical Fisher
 matrix; an example's lookups add up). Losing the part delta_i of every row then costs, to second order, about
 
-    1/2 sum over i of  p_i delta_i^T G delta_i          of the mean loss.
+    1/2 sum over i of  p_i delta_i^T G delta_i          of the mean loss,
+
+where g is taken to say nothing of the row that was looked up, nor of the others of its bag. g is the bag's gradient, times
+the id's weight, and divided by the bag's length where a table is averaged. The examples are those of all processes.
 
 So, with Q from the SVD of diag(sqrt p) E G^(1/2) = P S Q^T, the table is stored as A = E G^(1/2) Q, whose columns stand by
 falling worth, and is read through the projection Q^T G^(-1/2). Dropping column c for the rows of block b costs 1/2 sum over
@@ -29,11 +32,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from embsearch_plugin import distributed
 from embsearch_plugin.algorithms.base import AlgorithmConfig
 from embsearch_plugin.algorithms.uniform import Uniform, fitting_dims
 from embsearch_plugin.budget import Budget, Option, TableOptions, allocate_among
 from embsearch_plugin.collection import Table
 from embsearch_plugin.compact.fold import UNFOLDED, Fold
+from embsearch_plugin.errors import SessionError
 from embsearch_plugin.hookspecs import hookimpl
 from embsearch_plugin.plan import SizePlan, TablePlan, placement_bytes, projected_column_bytes, remap_bytes
 from embsearch_plugin.space import SearchSpace
@@ -146,9 +151,23 @@ def _shares(counts: Tensor) -> Tensor:
 
 
 def _fisher(session: "Session", batches: int) -> list[Tensor]:
-    """Return G of each table, float64 (D, D)."""
-    found = [[rows.double() for rows in session.row_gradients(batch)] for batch in session.validation_batches(batches)]
-    return [torch.stack([rows.t() @ rows for rows in of_table]).mean(0).cpu() for of_table in zip(*found, strict=True)]
+    """Return G of each table, float64 (D, D): the mean over the examples of all processes, so that all derive one plan.
+
+    Raises:
+        SessionError: where there is no validation batch.
+    """
+    device = session.gates[0].device
+    sums = [torch.zeros(spec.dim, spec.dim, dtype=torch.float64, device=device) for spec in session.specs]
+    examples = torch.zeros((), dtype=torch.float64, device=device)
+    for batch in session.validation_batches(batches):
+        gradients, size = session.row_gradients(batch)
+        examples += size
+        for of_table, rows in zip(sums, gradients, strict=True):
+            of_table.addmm_(rows.double().t(), rows.double())
+    *means, seen = distributed.mean([*sums, examples])
+    if not seen:
+        raise SessionError("G is estimated from validation batches, and the loader has none. Use a larger split.")
+    return [(mean / seen).cpu() for mean in means]
 
 
 @dataclass(frozen=True, eq=False)

@@ -91,6 +91,18 @@ def untouched(model: nn.Module, exclude: Iterable[nn.Module], seed: int) -> Iter
                 buffers.update(restored)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module into evaluation mode, and afterwards back to its own."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def move(batch: Any, device: torch.device) -> Any:
     """Move a batch to ``device``: anything with ``to``; tuples, lists, dicts and dataclasses of such, type by type."""
     if callable(getattr(batch, "to", None)):

@@ -25,7 +25,7 @@ from embsearch_plugin.optimizers import check_hook_fires
 from embsearch_plugin.plan import SizePlan, mismatch
 from embsearch_plugin.plugins import manager
 from embsearch_plugin.randomness import private_random
-from embsearch_plugin.search.objective import Objective, Outcome, move, outcome_of, train_task, untouched
+from embsearch_plugin.search.objective import Objective, Outcome, evaluating, move, outcome_of, train_task, untouched
 from embsearch_plugin.search.ranking import Frequencies, Ranking
 from embsearch_plugin.search.second_order import after_weight_step
 from embsearch_plugin.search.tables import SearchedTables, SearchTable
@@ -168,18 +168,19 @@ class Session:
             raise SessionError(f"{self.config.name} needs validation batches here: attach(optimizer, validation=...) first.")
         return [move(batch, self._tables.device) for batch in self._validation.first(count)]
 
-    def row_gradients(self, batch: Any) -> list[Tensor]:
-        """Return rows whose outer products add up to the mean of g g^T over the batch's examples: per table float32 (n, D).
+    def row_gradients(self, batch: Any) -> tuple[list[Tensor], int]:
+        """Return rows whose outer products add up to the sum of g g^T over the batch's lookups, and the number of examples.
 
-        g is the gradient of an example's loss with respect to a looked-up row, summed over its lookups in g g^T; the loss is
-        taken to be a mean over examples. There is a row for each bag that is not empty: all its ids have the gradient of
-        the bag's output (divided by their number, where a table is averaged). Weights of ids are not looked at. Leaves no
-        trace in the model.
+        g is the gradient of an example's loss with respect to a looked-up row; the loss is taken to be a mean over
+        examples. Rows are per table float32 (n, D): one for each bag that is not empty, since all its ids have the gradient
+        of the bag's output, times their weights, and divided by their number where a table is averaged. The model runs in
+        evaluation mode, since batch norm makes examples depend on each other. Those of this process; leaves no trace.
         """
-        with self._own_forward(), self._tables.capturing() as captured:
+        with evaluating(self.model), self._own_forward(), self._tables.capturing() as captured:
             outcome = outcome_of(self._objective, self.model, batch)
             gradients = self._checked_gradients(outcome.loss, [output.values for output in captured])
-        return self._tables.rows_of(captured, gradients)
+        examples = len(outcome.logits)
+        return [rows * examples for rows in self._tables.rows_of(captured, gradients)], examples
 
     def gate_gradients(
         self, batch: Any, gates: Sequence[Tensor], leaves: Sequence[Tensor], xi: float = 0.0
@@ -187,7 +188,8 @@ class Session:
         """Differentiate the loss on ``batch`` with respect to ``leaves``, of which ``gates`` are made.
 
         With ``xi`` above zero, the loss is the one after a virtual weight step of that rate on the last training batch
-        (second order; dnis.txt, Eq. 7). Gradients are averaged over processes. Nothing of the model changes.
+        (second order; dnis.txt, Eq. 7). Loss and gradients are averaged over processes, so that all of them decide alike.
+        Nothing of the model changes.
 
         Raises:
             NonFiniteLoss: where the loss is NaN or infinite.
@@ -196,7 +198,8 @@ class Session:
         with self._own_forward(), self._tables.searching(gates):
             outcome = self._second_order(batch, gates, xi) if xi else outcome_of(self._objective, self.model, batch)
             gradients = self._checked_gradients(outcome.loss, leaves)
-        return float(outcome.loss.detach()), distributed.mean(gradients)
+        loss, *gradients = distributed.mean([outcome.loss.detach().float(), *gradients])
+        return float(loss), gradients
 
     def _checked_gradients(self, loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
         if not math.isfinite(float(loss.detach())):

@@ -159,8 +159,11 @@ class SearchedTables:
                 supernet.captured = None
 
     def rows_of(self, captured: Sequence[Captured], gradients: Sequence[Tensor]) -> list[Tensor]:
-        """Return what :meth:`Session.row_gradients` does, of the gradients of what was captured."""
-        found: list[list[Tensor]] = [[] for _ in self.specs]
+        """Return, per table (n, D), a row for each captured bag that is not empty, of the outputs' gradients.
+
+        Its outer product is the sum of those of the gradients of the bag's lookups.
+        """
+        found = [[torch.empty(0, spec.dim, device=self.device)] for spec in self.specs]
         for output, gradient in zip(captured, gradients, strict=True):
             first = sum(len(supernet.tables) for supernet in self.supernets[: self.supernets.index(output.supernet)])
             for table, rows in output.row_gradients(gradient):
@@ -198,7 +201,17 @@ class SearchedTables:
         raise IndexError(f"there are {len(self.specs)} tables")
 
     def merged_weight(self, table: int) -> Tensor:
-        """Return a table's weights times the gates that multiply rows, float32 (V, W)."""
+        """Return a table's weights times the gates that multiply rows, float32 (V, W).
+
+        Raises:
+            UnsupportedCollection: where the table is sharded, on every process.
+        """
+        if not self._place(table)[0].is_local:
+            raise UnsupportedCollection(
+                f"the weights of table {str(self.specs[table])!r} must be whole on every process, and they are sharded.\n"
+                "  Possible solutions: 1) derive before DistributedModelParallel  2) DistributedDataParallel instead  3) an "
+                "algorithm that reads sums over row blocks: dnis or magnitude, not fine_grained."
+            )
         ((_, _, weight),) = self.weight_pieces(table)
         lookup = self._lookup(table).to(weight.device)
         return weight.detach().float() * self._row_gates(table).index_select(0, lookup)

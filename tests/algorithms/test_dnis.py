@@ -8,6 +8,7 @@ from support import PLAIN, WORLDS, Task, relative_error, searched, stored_bytes,
 from torch import Tensor
 
 import embsearch_plugin as es
+from embsearch_plugin import distributed
 from embsearch_plugin.algorithms.dnis import normalized
 from embsearch_plugin.search.session import Session
 
@@ -179,6 +180,16 @@ def test_early_stopping_freezes_alpha() -> None:
     train(model, optimizer, (PLAIN.batch(seed=i) for i in range(4)))
     assert not all(torch.equal(a, b) for a, b in zip(moving, stopped, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(stopped, session.gates, strict=True))
+
+
+def test_the_loss_that_stops_a_search_is_that_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, session, _ = searched(PLAIN)
+    gates = [gate.clone().requires_grad_() for gate in session.gates]
+    loss, gradients = session.gate_gradients(PLAIN.batch(seed=5), gates, gates)
+    monkeypatch.setattr(distributed, "mean", lambda values: [3 * value for value in values])
+    mean_loss, mean_gradients = session.gate_gradients(PLAIN.batch(seed=5), gates, gates)
+    assert mean_loss == pytest.approx(3 * loss)
+    assert all(torch.allclose(mean, 3 * own) for mean, own in zip(mean_gradients, gradients, strict=True))
 
 
 def test_a_budget_in_parameters_counts_parameters() -> None:

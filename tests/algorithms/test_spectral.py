@@ -20,21 +20,18 @@ def spectral(world: str = "one id", steps: int = 20, **options: Any) -> tuple[Ta
 
 
 def fisher(model: Task, session: Session, index: int) -> Tensor:
-    """G of a table with one feature and bags of one id, example by example: the mean over batches."""
-    (slot,) = [slot for slot in model.collection.slots if slot.table == index]
-    means = []
+    """G of a table with one feature and bags of one id, example by example."""
+    products = []
     for batch in session.validation_batches(16):
         output = model.collection(batch.sparse_features)
-        total = torch.zeros(slot.dim, slot.dim, dtype=torch.float64)
         values = output.values().detach().requires_grad_()
         logits = model.over(torch.cat([values, batch.dense_features], 1)).squeeze(-1)
         losses = nn.functional.binary_cross_entropy_with_logits(logits, batch.labels, reduction="none")
         for loss, example in zip(losses, range(len(losses)), strict=True):
             (gradient,) = torch.autograd.grad(loss, values, retain_graph=True)
             g = gradient[example, index * 8 : index * 8 + 8].double()
-            total += torch.outer(g, g) / len(losses)
-        means.append(total)
-    return torch.stack(means).mean(0)
+            products.append(torch.outer(g, g))
+    return torch.stack(products).mean(0)
 
 
 def quadratic_loss(session: Session, index: int, g: Tensor, kept: Tensor) -> float:
@@ -108,10 +105,36 @@ def test_worth_is_what_the_quadratic_loss_says() -> None:
 
 
 def test_gradients_of_rows_give_the_fisher_matrix() -> None:
-    model, session = spectral()
+    """Batches of unequal sizes, one of a single example; the model in training mode, with batch norm and dropout."""
+    model, session, optimizer = searched(PLAIN, 20, algorithm=es.Spectral(warm_up=3))
+    session.detach()
+    session.attach(optimizer, validation=[PLAIN.batch(size, seed=900 + size) for size in (32, 9, 1)])
+    found = _fisher(session, 16)
+    assert model.training
     model.eval()
-    for index, found in enumerate(_fisher(session, 16)):
-        assert torch.allclose(found, fisher(model, session, index), rtol=1e-3, atol=1e-9)
+    for index, matrix in enumerate(found):
+        assert torch.allclose(matrix, fisher(model, session, index), rtol=1e-3, atol=1e-9)
+
+
+def test_the_mode_of_the_model_does_not_matter() -> None:
+    model, session = spectral()
+    plans, folds = [], []
+    for mode in (True, False):
+        model.train(mode)
+        plans.append(session.derive().to_json())
+        folds.append(session.folds(session.derive(strict=False)))
+    assert plans[0] == plans[1]
+    for one, other in zip(*folds, strict=True):
+        assert one.rotation is not None and other.rotation is not None
+        assert torch.equal(one.rotation, other.rotation)
+
+
+def test_a_loader_without_batches() -> None:
+    _, session, optimizer = searched(PLAIN, 10, algorithm=es.Spectral(warm_up=3))
+    session.detach()
+    session.attach(optimizer, validation=[])
+    with pytest.raises(es.EmbsearchError, match="validation batches, and the loader has none"):
+        session.derive()
 
 
 def test_the_plan_is_the_best_there_is_within_the_budget() -> None:

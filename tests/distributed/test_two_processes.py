@@ -114,6 +114,8 @@ def process(rank: int, world: str, form: str, sharding: str, folder: Path) -> No
     if session is not None:
         with pytest.raises(es.EmbsearchError, match="a sharded model cannot be rewritten in place"):
             session.compact(session.derive())
+        with pytest.raises(es.EmbsearchError, match="must be whole on every process, and they are sharded"):
+            session.merged_weight(0)
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)  # gloo's threads may outlive the interpreter and abort it

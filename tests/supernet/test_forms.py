@@ -194,15 +194,19 @@ def test_gates_may_carry_a_graph(settings: dict[str, Any]) -> None:
     assert torch.equal(leaves[0].grad, expected[0]) or torch.allclose(leaves[0].grad, expected[0], atol=1e-6)
 
 
-@pytest.mark.parametrize("world", ["one id", "bags", "mean", "several features", "shared feature"])
+@pytest.mark.parametrize(
+    "world", ["one id", "bags", "mean", "weighted", "weighted, one id", "several features", "shared feature"]
+)
 def test_row_gradients_are_those_of_looked_up_rows(world: str) -> None:
-    """Their outer products add up to those of every looked-up row, one lookup at a time, over the number of examples."""
+    """Their outer products add up to those of every looked-up row, one lookup at a time; in evaluation, whatever the mode."""
     model, session, _ = toy(WORLDS[world])
-    model.eval()
     batch = WORLDS[world].batch(12, seed=6)
     before = [t.clone() for t in model.state_dict().values()]
-    got = session.row_gradients(batch)
+    got, examples = session.row_gradients(batch)
+    assert examples == 12
+    assert model.training
     assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))
+    model.eval()
     output = model.collection(batch.sparse_features)
     values = output.values().detach().requires_grad_()
     logits = model.over(torch.cat([values, batch.dense_features], 1)).squeeze(-1)
@@ -214,9 +218,53 @@ def test_row_gradients_are_those_of_looked_up_rows(world: str) -> None:
         rows = []
         for slot in slots:
             for example, length in enumerate(bags[slot.feature].lengths().tolist()):
-                rows += [by_key[slot.key][example] / (length if slot.mean else 1)] * length
+                first = int(bags[slot.feature].offsets()[example])
+                for place in range(first, first + length):
+                    weight = bags[slot.feature].weights()[place] if WORLDS[world].weighted else 1
+                    rows.append(weight * by_key[slot.key][example] / (length if slot.mean else 1))
         expected = torch.stack(rows)
-        assert torch.allclose(got[table].t() @ got[table], expected.t() @ expected / 12, rtol=1e-4, atol=1e-8)
+        assert torch.allclose(got[table].t() @ got[table], expected.t() @ expected, rtol=1e-4, atol=1e-7)
+
+
+class Retrieval(nn.Module):
+    """Users meet ``items`` candidates each; a collection for either, and one that the loss does not read."""
+
+    def __init__(self, items: int) -> None:
+        super().__init__()
+        self.items = items
+        self.users, self.candidates, self.unread = (World((PLAIN.tables[t],)).collection() for t in (0, 1, 0))
+
+    def forward(self, batch: tuple[Any, Any]) -> Any:
+        users, items = batch
+        candidates = self.candidates(items).values().unflatten(0, (-1, self.items))
+        logits = (self.users(users).values()[:, None] * candidates).sum(2)
+        loss = nn.functional.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64))
+        return loss, (loss.detach(), logits.detach(), torch.zeros(len(logits)))
+
+
+def test_row_gradients_count_examples_not_bags() -> None:
+    """So that tables of which one example reads several bags are worth as much as others."""
+    model = Retrieval(items=5)
+    counts = {
+        f"{name}.t{t}": torch.ones(rows) for name, t, rows in (("users", 0, 200), ("candidates", 1, 300), ("unread", 0, 200))
+    }
+    session = es.prepare(model, algorithm="dnis", budget="50%", frequencies=counts)
+    users, items = World((PLAIN.tables[0],)).features(4, seed=1), World((PLAIN.tables[1],)).features(20, seed=2)
+    session.step((users, items))
+    got, examples = session.row_gradients((users, items))
+    assert examples == 4
+    u, c = (
+        collection(bags).values().detach().requires_grad_()
+        for collection, bags in ((model.users, users), (model.candidates, items))
+    )
+    logits = (u[:, None] * c.unflatten(0, (-1, 5))).sum(2)
+    torch.nn.functional.cross_entropy(logits, torch.zeros(4, dtype=torch.int64), reduction="sum").backward()
+    by_name = dict(zip(map(str, session.specs), got, strict=True))
+    for name, leaf in (("users.t0", u), ("candidates.t1", c)):
+        assert leaf.grad is not None
+        rows = by_name[name]
+        assert torch.allclose(rows.t() @ rows, leaf.grad.t() @ leaf.grad, rtol=1e-4, atol=1e-9)
+    assert by_name["unread.t0"].shape == (0, 8)
 
 
 def test_an_optimizer_that_was_made_before_the_search_trains_the_forms() -> None:

@@ -1,15 +1,15 @@
 """Scoring candidates on the shared weights: the validation loss where one table's gates are exchanged for others."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from embsearch_plugin import distributed
 from embsearch_plugin.errors import NonFiniteLoss, SessionError
+from embsearch_plugin.search.objective import evaluating
 
 if TYPE_CHECKING:
     from embsearch_plugin.search.session import Session
@@ -35,7 +35,7 @@ def losses(
     """
     totals, examples = torch.zeros(len(alternatives), dtype=torch.float64), 0
     for batch in session.validation_batches(batches):
-        with _evaluating(session.model):
+        with evaluating(session.model):
             each, size = _losses_on(session, batch, reference, alternatives)
             totals, examples = totals + each * size, examples + size
     if not examples:
@@ -56,15 +56,3 @@ def _losses_on(
         found.append(outcome.loss.detach().double().cpu())
         examples = len(outcome.logits)
     return torch.stack(found), examples
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module into evaluation mode, and afterwards back to its own."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
