@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from embsearch_plugin.algorithms.base import AlgorithmConfig
+from embsearch_plugin.algorithms.parts.scoring import evaluating
 from embsearch_plugin.algorithms.uniform import Uniform, fitting_dims
 from embsearch_plugin.budget import Budget, Option, TableOptions, allocate_among
 from embsearch_plugin.collection import Table
@@ -58,7 +59,7 @@ class Spectral(AlgorithmConfig):
 
     name: ClassVar[str] = "spectral"
     starts_from: ClassVar[Literal["scratch", "dense"]] = "dense"
-    every: int = 1000
+    every: int = 50  # a step costs nothing; at steps the rows are ranked anew, where they were last at half as many
     batches: int = 16
     floor: float = 1e-2
     tolerance: float = 0.01
@@ -146,8 +147,10 @@ def _shares(counts: Tensor) -> Tensor:
 
 
 def _fisher(session: "Session", batches: int) -> list[Tensor]:
-    """Return G of each table, float64 (D, D)."""
-    found = [[rows.double() for rows in session.row_gradients(batch)] for batch in session.validation_batches(batches)]
+    """Return G of each table, float64 (D, D): in evaluation mode, where no example's loss depends on the others."""
+    given = session.validation_batches(batches)
+    with evaluating(session.model):
+        found = [[rows.double() for rows in session.row_gradients(batch)] for batch in given]
     return [torch.stack([rows.t() @ rows for rows in of_table]).mean(0).cpu() for of_table in zip(*found, strict=True)]
 
 

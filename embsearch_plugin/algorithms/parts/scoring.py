@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from embsearch_plugin import distributed
-from embsearch_plugin.errors import NonFiniteLoss, SessionError
+from embsearch_plugin.errors import NonFiniteLoss
 
 if TYPE_CHECKING:
     from embsearch_plugin.search.session import Session
@@ -30,16 +30,14 @@ def losses(
         batches: how many of the loader's first batches are used, at most.
 
     Raises:
-        SessionError: where there is no batch.
+        SessionError, AttachError: where there is no batch.
         NonFiniteLoss: where a loss is no number.
     """
     totals, examples = torch.zeros(len(alternatives), dtype=torch.float64), 0
     for batch in session.validation_batches(batches):
-        with _evaluating(session.model):
+        with evaluating(session.model):
             each, size = _losses_on(session, batch, reference, alternatives)
             totals, examples = totals + each * size, examples + size
-    if not examples:
-        raise SessionError("candidates are scored on validation batches, and the loader has none. Use a larger split.")
     found: list[float] = distributed.mean([(totals / examples).to(reference[0].device)])[0].tolist()
     if not all(map(math.isfinite, found)):
         raise NonFiniteLoss("candidates are scored by validation losses, and some are no numbers. Look for NaN in the data.")
@@ -59,7 +57,7 @@ def _losses_on(
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Put every module into evaluation mode, and afterwards back to its own."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
