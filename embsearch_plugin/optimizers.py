@@ -134,6 +134,17 @@ def add_beside(optimizer: Optimizer, known: nn.Parameter, new: Sequence[nn.Param
     return True
 
 
+def add_to_any(optimizers: Sequence[Optimizer], known: nn.Parameter, new: Sequence[nn.Parameter]) -> None:
+    """Put new parameters beside ``known``; where none of the optimizers holds it, into a group of the first one's."""
+    if not any(add_beside(optimizer, known, new) for optimizer in optimizers):
+        optimizers[0].add_param_group({"params": list(new)})
+
+
+def takers_of_dense(optimizers: Sequence[Optimizer]) -> list[Optimizer]:
+    """Return the optimizers that take gradients of any layout: SparseAdam takes those of sparse tables only."""
+    return [optimizer for optimizer in optimizers if not isinstance(optimizer, torch.optim.SparseAdam)]
+
+
 def carried_state(state: dict[str, Any], shape: torch.Size, part: Slice) -> dict[str, Any]:
     """Return the state of a new parameter; empty, so that the optimizer starts anew, where it cannot be carried over."""
     carried: dict[str, Any] = {}

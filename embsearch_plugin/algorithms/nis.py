@@ -152,7 +152,8 @@ class NisSearch:
         drawn = self.controller.draw(self.groups, self.generator)
         heights = choices.heights(drawn)
         outcome = session.evaluate(batch, choices.gates(heights), config.group)
-        cost = choices.cost(heights, session.budget.unit) / session.budget.limit(session.original_bytes)
+        limit = max(session.budget.limit(session.original_bytes), 1)  # a share of tiny tables may be less than a byte
+        cost = choices.cost(heights, session.budget.unit) / limit
         reward = self._qualities(outcome).to(drawn.device) - config.penalty * (cost - 1).clamp(min=0)
         told = ~reward.isnan()
         self.controller.learn(drawn[told], reward[told])

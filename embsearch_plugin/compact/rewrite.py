@@ -12,7 +12,7 @@ from embsearch_plugin.collection import FoundCollection
 from embsearch_plugin.compact.collection import CompactEmbeddingBagCollection, chunk_name
 from embsearch_plugin.compact.fold import UNFOLDED, Fold
 from embsearch_plugin.fused import FusedEmbeddingBags, carry_state
-from embsearch_plugin.optimizers import Slice, add_beside, replace_parameter
+from embsearch_plugin.optimizers import Slice, add_to_any, replace_parameter, takers_of_dense
 from embsearch_plugin.plan import Chunk, SizePlan, TablePlan
 from embsearch_plugin.plugins import build_compact
 from embsearch_plugin.search.tables import SearchedTables
@@ -126,15 +126,20 @@ def _exchange_outputs(
 ) -> None:
     """Let the optimizers train a table's projection and bias in place of what followed its lookup; their state is new.
 
-    They join the table's group; where no optimizer holds the table (fused kernels train it), the first optimizer's.
+    They join the table's group; where no optimizer holds the table (fused kernels train it), or one that takes sparse
+    gradients only, they join the first optimizer that takes theirs.
     """
     new = list(compact.index[index].parameters())
     for parameter in supernet.form_parameters(index):
         for optimizer in optimizers:
             replace_parameter(optimizer, parameter, [])
-    weight = supernet.table_weight(index)
-    if new and optimizers and not any(add_beside(optimizer, weight, new) for optimizer in optimizers):
-        optimizers[0].add_param_group({"params": new})
+    dense = takers_of_dense(optimizers)
+    if new and dense:
+        add_to_any(dense, supernet.table_weight(index), new)
+    elif new and optimizers:
+        log.warning(
+            "SparseAdam takes no dense gradients: no optimizer holds the projection or bias of %s", compact.tables[index]
+        )
 
 
 def _rewritten(

@@ -21,7 +21,7 @@ from embsearch_plugin.compact.fold import UNFOLDED, Fold
 from embsearch_plugin.compact.rewrite import rewrite
 from embsearch_plugin.errors import AttachError, NonFiniteLoss, ObjectiveError, PlanError, SessionError
 from embsearch_plugin.hookspecs import PROJECT, SessionHooks
-from embsearch_plugin.optimizers import check_hook_fires
+from embsearch_plugin.optimizers import add_to_any, check_hook_fires, takers_of_dense
 from embsearch_plugin.plan import SizePlan, mismatch
 from embsearch_plugin.plugins import manager
 from embsearch_plugin.randomness import private_random
@@ -162,6 +162,7 @@ class Session:
 
         Raises:
             SessionError: where no loader was attached.
+            AttachError: where it is empty.
         """
         self._check_not_over()
         if self._validation is None:
@@ -178,9 +179,10 @@ class Session:
         """
         with evaluating(self.model), self._own_forward(), self._tables.capturing() as captured:
             outcome = outcome_of(self._objective, self.model, batch)
-            gradients = self._checked_gradients(outcome.loss, [output.values for output in captured])
+            outputs = list(captured)  # checkpointed parts of the model run again for the gradient, and add to the list
+            gradients = self._checked_gradients(outcome.loss, [output.values for output in outputs])
         examples = len(outcome.logits)
-        return [rows * examples for rows in self._tables.rows_of(captured, gradients)], examples
+        return [rows * examples for rows in self._tables.rows_of(outputs, gradients)], examples
 
     def gate_gradients(
         self, batch: Any, gates: Sequence[Tensor], leaves: Sequence[Tensor], xi: float = 0.0
@@ -232,7 +234,7 @@ class Session:
                 batch itself; by default the batch of the last training forward.
 
         Raises:
-            AttachError: where a step hook cannot fire, or a loader is an iterator.
+            AttachError: where a step hook cannot fire, a loader is an iterator, or no optimizer takes what the search added.
         """
         self._check_not_over()
         optimizers = list(dict.fromkeys(optimizer)) if isinstance(optimizer, Sequence) else [optimizer]
@@ -244,15 +246,26 @@ class Session:
         self._training = None if training is None else ValidationStream(training, self.seed)
         self._optimizers = optimizers
         self._step_hooks = [each.register_step_post_hook(self._after_optimizer_step) for each in optimizers]
-        self._train_forms(optimizers[0])
+        self._train_forms()
 
-    def _train_forms(self, optimizer: Optimizer) -> None:
-        """Let the optimizer train what the search added to the model, where it was made before."""
+    def _train_forms(self) -> None:
+        """Let the optimizers train what the search added to the model, where they were made before."""
         held = {id(p) for each in self._optimizers for group in each.param_groups for p in group["params"]}
-        added = [p for p in self._tables.added_parameters() if id(p) not in held]
-        if added:
-            optimizer.add_param_group({"params": added})
-            log.info("the optimizer was made before the search: %d parameters of the search were added to it", len(added))
+        tables = [(original, table) for original, table in self._tables.added_tables() if id(table) not in held]
+        forms = [parameter for parameter in self._tables.form_parameters() if id(parameter) not in held]
+        dense = takers_of_dense(self._optimizers)
+        if forms and not dense:
+            raise AttachError(
+                "what the search adds has dense gradients, and no attached optimizer takes them (SparseAdam does not).\n"
+                "  Possible solution: attach the optimizer of the other layers too: attach([sparse, dense], ...)."
+            )
+        for original, table in tables:
+            add_to_any(self._optimizers, original, [table])
+        if forms:
+            dense[0].add_param_group({"params": forms})
+        if tables or forms:
+            added = len(tables) + len(forms)
+            log.info("the optimizer was made before the search: %d parameters of the search were added to it", added)
 
     def detach(self) -> None:
         """Take no more search steps by themselves; ``attach`` may be called again.

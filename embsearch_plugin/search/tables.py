@@ -53,6 +53,8 @@ class SearchedTables:
         for found in self.found:
             refuse_ties(model, found)
         self.specs: list[Table] = [table for found in self.found for table in found.tables]
+        for spec in self.specs:
+            space.chunk_widths(spec.dim)  # an error now, not after the warm-up
         forms = [[made for table in found.tables if (made := form(table)) is not None] for found in self.found]
         for found in self.found if any(forms) else ():
             _refuse_meta(found)
@@ -175,13 +177,15 @@ class SearchedTables:
         supernet, number = self._place(table)
         return supernet.weight_pieces(number)
 
-    def added_parameters(self) -> list[nn.Parameter]:
-        """Return what forms brought with them: their parameters, and tables of another width than the original's."""
-        added: list[nn.Parameter] = []
+    def added_tables(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+        """Yield each table of another width than the original's, which a form brought with it, after the original."""
         for found, supernet in zip(self.found, self.supernets, strict=True):
-            added += supernet.forms.parameters()
-            added += supernet.inner.parameters() if supernet.is_plain and supernet.inner is not found.module else ()
-        return added
+            if supernet.is_plain and supernet.inner is not found.module:
+                yield from zip(found.module.parameters(), supernet.inner.parameters(), strict=True)
+
+    def form_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of all forms."""
+        return [parameter for supernet in self.supernets for parameter in supernet.forms.parameters()]
 
     def form(self, table: int) -> Form:
         """Return what follows a table's lookup."""

@@ -9,6 +9,11 @@ import torch
 from embsearch_plugin.errors import AttachError
 from embsearch_plugin.randomness import private_random
 
+_EMPTY = (
+    "the loader gave no batch; the search needs at least one.\n"
+    "  Possible solutions: 1) drop_last=False  2) a smaller batch size  3) a larger validation split."
+)
+
 
 class ValidationStream:
     """Cycles over a loader.
@@ -45,15 +50,19 @@ class ValidationStream:
                     self.taken += 1
                     return batch
             self._iterator, self.taken, self.passes = None, 0, self.passes + 1
-        raise AttachError(
-            "the loader gave no batch; a search step needs at least one.\n"
-            "  Possible solutions: 1) drop_last=False  2) a smaller batch size  3) a larger validation split."
-        )
+        raise AttachError(_EMPTY)
 
     def first(self, count: int) -> list[Any]:
-        """Return the first ``count`` batches of the first pass, or all there are; the position stays."""
+        """Return the first ``count`` batches of the first pass, or all there are; the position stays.
+
+        Raises:
+            AttachError: where the loader is empty.
+        """
         with private_random(self.seed, _generators(self.loader)):
-            return list(islice(iter(self.loader), count))
+            batches = list(islice(iter(self.loader), count))
+        if not batches:
+            raise AttachError(_EMPTY)
+        return batches
 
     def _new_pass(self) -> Iterator[Any]:
         """Start anew; loaders and samplers that shuffle by epoch (as DistributedSampler) are told which it is."""

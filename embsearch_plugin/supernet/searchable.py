@@ -125,6 +125,11 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         """Whether ids come with weights."""
         return self._weighted
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the model belongs to no search: it has the gates that are in use, and none of a search's graph."""
+        next_gates = None if self.next_gates is None else [gate.detach() for gate in self.next_gates]
+        return {**self.__dict__, "next_gates": next_gates, "_used": []}
+
     def set_blocks(self, blocks: Sequence[RowBlocks], device: torch.device) -> None:
         """Say which row is in which block. Gates start at one; later calls keep them."""
         self._blocks = [cut.lookup().to(device) for cut in blocks]

@@ -372,6 +372,8 @@ def test_a_plan_with_another_dim_is_refused() -> None:
         ({"candidates": (0, 4)}, "positive dims"),
         ({"candidates": (4, 2)}, "ascending"),
         ({"candidates": (2, 2)}, "each once"),
+        ({"candidates": (2.5, 4)}, r"positive dims.*got \(2.5, 4\)"),
+        ({"candidates": "24"}, "positive dims.*got '24'"),
         ({"lookup": "both"}, "lookup must be 'shared' or 'separate'"),
         ({"transform": "conv"}, "transform 'padding' or 'linear'"),
         ({"lr": 0.0}, "lr must be above 0"),

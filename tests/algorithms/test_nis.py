@@ -204,6 +204,12 @@ def test_a_quality_that_is_no_number_changes_nothing(quality: Any, message: str)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+def test_a_budget_of_less_than_a_byte_is_no_infinite_cost() -> None:
+    _, session, _ = searched(PLAIN, algorithm=es.Nis(warm_up=2), budget="0.000001%")
+    assert bool(session.algorithm.controller.logits.isfinite().all())
+    assert session.derive().size_bytes == 0
+
+
 def test_a_loss_that_is_no_number_is_an_error() -> None:
     _, session, _ = nis()
     batch = PLAIN.batch(seed=1)

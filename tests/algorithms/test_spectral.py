@@ -7,9 +7,11 @@ import pytest
 import torch
 from support import PLAIN, WORLDS, Task, searched
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import embsearch_plugin as es
 from embsearch_plugin.algorithms.spectral import SpectralSearch, _fisher
+from embsearch_plugin.errors import AttachError
 from embsearch_plugin.plan import SizePlan
 from embsearch_plugin.search.session import Session
 
@@ -187,6 +189,40 @@ def test_settings_that_make_no_sense(settings: dict[str, Any]) -> None:
 def test_fine_tuning_is_a_share_of_the_dense_training() -> None:
     assert [es.Spectral().fine_tuning_epochs(epochs) for epochs in (0, 3, 10)] == pytest.approx([0.0, 0.6, 2.0])
     assert es.Spectral(fine_tuning=100).fine_tuning_epochs(5) == 500
+
+
+def test_an_empty_loader_is_named() -> None:
+    _, session, _ = searched(PLAIN, algorithm=es.Spectral(warm_up=2))
+    session.detach()
+    session.attach([], validation=[])
+    with pytest.raises(AttachError, match="no batch"):
+        session.derive()
+
+
+def test_a_batch_of_one_example_is_as_good_as_any() -> None:
+    model, session, _ = searched(PLAIN, steps=4, algorithm=es.Spectral(warm_up=1))
+    session.detach()
+    session.attach([], validation=[PLAIN.batch(seed=1), PLAIN.batch(1, seed=2)])
+    session.derive()
+    assert all(module.training for module in model.modules())
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    class Checkpointed(Task):
+        def forward(self, batch: Any) -> Any:
+            return checkpoint(super().forward, batch, use_reentrant=False)
+
+    plain, plainly, _ = searched(PLAIN, algorithm=es.Spectral())
+    model = Checkpointed(PLAIN.collection(), 16)
+    session = es.prepare(model, algorithm=es.Spectral())
+    model.eval().load_state_dict(plain.eval().state_dict())
+    got, expected = (each.row_gradients(PLAIN.batch(seed=5)) for each in (session, plainly))
+    assert all(torch.allclose(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_rows_are_ranked_again_whenever_the_training_is_twice_as_long() -> None:
+    _, session, _ = searched(PLAIN, steps=200, algorithm=es.Spectral())
+    assert session.tables[0].blocks.order.equal(torch.argsort(session.frequencies[0], descending=True, stable=True).int())
 
 
 def test_it_needs_validation_batches() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import io
 import logging
 import weakref
 from typing import Any
@@ -17,7 +18,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import embsearch_plugin as es
-from embsearch_plugin.errors import InputError, ObjectiveError, SessionError, SpaceError, UnsupportedCollection
+from embsearch_plugin.errors import AttachError, InputError, ObjectiveError, SessionError, SpaceError, UnsupportedCollection
 from embsearch_plugin.fused import FusedEmbeddingBags
 from embsearch_plugin.plan import SizePlan
 
@@ -366,3 +367,92 @@ def test_several_collections_and_aliases_from_search_to_loading(tmp_path: Any) -
     loaded = es.load(tmp_path, Several())
     assert loaded.first is loaded.alias
     assert torch.equal(model(PLAIN.batch())[0], loaded(PLAIN.batch())[0])
+
+
+FORMED = {
+    "spectral": es.Spectral(warm_up=2),
+    "nis": es.Nis(warm_up=2, group=8),
+    "padding": es.AutoDim(candidates=(2, 4), every=2),
+    "linear": es.AutoDim(candidates=(2, 4), every=2, transform="linear", lookup="separate"),
+    "sam": es.Sam(candidates=(2, 4)),
+}
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("algorithm", FORMED)
+def test_what_a_search_adds_to_sparse_tables_is_trained_by_an_optimizer_that_takes_it(algorithm: str, before: bool) -> None:
+    model = task(PLAIN)
+    for bag in model.collection.embedding_bags.values():
+        bag.sparse = True
+    session = None if before else es.prepare(model, algorithm=FORMED[algorithm])
+    names = {id(p): name for name, p in model.named_parameters()}
+    tables = [p for p in model.parameters() if "embedding_bags" in names[id(p)]]
+    others = [p for p in model.parameters() if "embedding_bags" not in names[id(p)]]
+    optimizers = [torch.optim.SparseAdam(tables, lr=0.01), torch.optim.Adam(others, lr=0.01)]
+    session = session or es.prepare(model, algorithm=FORMED[algorithm])
+    session.attach(optimizers, validation=[PLAIN.batch(seed=900)])
+
+    def fit(batches: range) -> None:
+        for seed in batches:
+            model.zero_grad()
+            model(PLAIN.batch(seed=seed))[0].backward()
+            for optimizer in optimizers:
+                optimizer.step()
+
+    fit(range(8))
+    session.compact(session.derive("70%"))
+    before_training = [p.detach().clone() for p in model.collection.parameters()]
+    fit(range(8, 10))
+    after = list(model.collection.parameters())
+    assert all(not torch.equal(a, b) for a, b in zip(before_training, after, strict=True))
+
+
+def test_sparse_adam_alone_cannot_train_what_a_search_adds() -> None:
+    model = task(PLAIN)
+    optimizer = torch.optim.SparseAdam(list(model.collection.parameters()), lr=0.01)
+    session = es.prepare(model, algorithm=FORMED["nis"])
+    with pytest.raises(AttachError, match="attach the optimizer of the other layers"):
+        session.attach(optimizer, validation=[PLAIN.batch()])
+
+
+@pytest.mark.parametrize("algorithm", [*FORMED, "dnis"])
+def test_a_copy_made_in_the_middle_of_a_search_runs_trains_and_is_saved_alone(algorithm: str) -> None:
+    model, _, _ = searched(PLAIN, steps=6, algorithm=FORMED.get(algorithm))
+    stored = io.BytesIO()
+    torch.save(model, stored)
+    stored.seek(0)
+    batch = PLAIN.batch(seed=3)
+    for other in (copy.deepcopy(model), torch.load(stored, weights_only=False)):
+        assert torch.equal(other.eval()(batch)[1][1], model.eval()(batch)[1][1])
+        other.train()(batch)[0].backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("algorithm", FORMED)
+@pytest.mark.parametrize("world", ["one id", "several features"])
+def test_a_search_with_forms_under_autocast(algorithm: str, world: str) -> None:
+    batches = [WORLDS[world].batch(seed=i) for i in range(6)]
+    model = task(WORLDS[world])
+    session = es.prepare(model, algorithm=FORMED[algorithm])
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    session.attach(optimizer, validation=batches[:1])
+
+    def fit() -> None:
+        for batch in batches:
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                logits = model(batch)[1][1]
+                loss = model(batch)[0]
+            loss.backward()
+            optimizer.step()
+            assert bool(logits.isfinite().all())
+
+    fit()
+    session.compact(session.derive("70%"))
+    fit()
+
+
+def test_column_chunks_that_do_not_add_up_are_named_before_anything_is_trained() -> None:
+    with pytest.raises(SpaceError, match=r"sum to the table's dim 8; got \(4, 2\)"):
+        es.prepare(task(PLAIN), space=es.SearchSpace(column_chunks=(4, 2)))
+    es.prepare(task(PLAIN), algorithm=FORMED["sam"], space=es.SearchSpace(column_chunks=(4, 2)))  # a dim is the whole table's

@@ -104,6 +104,11 @@ class CandidateForm(Form):
         raise NotImplementedError
 
 
+def _unrounded(values: Tensor) -> torch.autocast:
+    """Compute as without autocast: padding and weighing columns is no work to save, and batch norm wants float32 weights."""
+    return torch.autocast(values.device.type, enabled=False)
+
+
 class PaddedCandidates(CandidateForm):
     """Candidates padded with zeros (Eq. 3, 4 and 7).
 
@@ -128,25 +133,24 @@ class PaddedCandidates(CandidateForm):
 
     def forward(self, pooled: Tensor, gates: Tensor) -> Tensor:
         """Return the weighed sum (n, D) of what is pooled (n, W); gates are (1, N) or (n, N)."""
-        return self._added(self.norm(pooled) * (gates @ self.reads))
+        with _unrounded(pooled):
+            return self._added(self.norm(pooled) * (gates @ self.reads))
 
     @classmethod
     def together(cls, forms: Sequence[Form], pooled: Tensor, gates: Sequence[Tensor]) -> Tensor:
         """Norm and weigh the columns of all tables at once."""
         padded = [form for form in forms if isinstance(form, PaddedCandidates)]
-        weights = torch.cat([(gate @ form.reads)[0] for form, gate in zip(padded, gates, strict=True)])
-        weighed = BatchNorm.together([form.norm for form in padded], pooled, weights)
-        if all(form.in_place for form in padded):
-            return weighed
-        parts = weighed.split([form.width for form in padded], 1)
-        return torch.cat([form._added(part) for form, part in zip(padded, parts, strict=True)], 1)
+        with _unrounded(pooled):
+            weights = torch.cat([(gate @ form.reads)[0] for form, gate in zip(padded, gates, strict=True)])
+            weighed = BatchNorm.together([form.norm for form in padded], pooled, weights)
+            if all(form.in_place for form in padded):
+                return weighed
+            parts = weighed.split([form.width for form in padded], 1)
+            return torch.cat([form._added(part) for form, part in zip(padded, parts, strict=True)], 1)
 
     def _added(self, weighed: Tensor) -> Tensor:
         """Pad with zeros and add up what is weighed (n, W): (n, D). One product is quicker than N paddings and sums."""
-        if self.in_place:
-            return weighed
-        with torch.autocast(weighed.device.type, enabled=False):  # nothing is to be rounded
-            return weighed @ self.places
+        return weighed if self.in_place else weighed @ self.places
 
     def fold(self, number: int) -> Fold:
         """The scale of batch norm goes into the weights, its shift into the bias; padded columns are zero."""

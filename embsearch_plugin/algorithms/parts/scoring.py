@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from embsearch_plugin import distributed
-from embsearch_plugin.errors import NonFiniteLoss, SessionError
+from embsearch_plugin.errors import NonFiniteLoss
 from embsearch_plugin.search.objective import evaluating
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def losses(
         batches: how many of the loader's first batches are used, at most.
 
     Raises:
-        SessionError: where there is no batch.
+        SessionError, AttachError: where there is no batch.
         NonFiniteLoss: where a loss is no number.
     """
     totals, examples = torch.zeros(len(alternatives), dtype=torch.float64), 0
@@ -38,8 +38,6 @@ def losses(
         with evaluating(session.model):
             each, size = _losses_on(session, batch, reference, alternatives)
             totals, examples = totals + each * size, examples + size
-    if not examples:
-        raise SessionError("candidates are scored on validation batches, and the loader has none. Use a larger split.")
     found: list[float] = distributed.mean([(totals / examples).to(reference[0].device)])[0].tolist()
     if not all(map(math.isfinite, found)):
         raise NonFiniteLoss("candidates are scored by validation losses, and some are no numbers. Look for NaN in the data.")

@@ -47,8 +47,9 @@ class CandidateDims(AlgorithmConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.candidates or min(self.candidates) < 1 or list(self.candidates) != sorted(set(self.candidates)):
-            raise ValueError(f"candidates must be positive dims, each once, ascending, as (2, 4, 8); got {self.candidates}")
+        dims = self.candidates if isinstance(self.candidates, tuple | list) else ()
+        if not dims or any(type(dim) is not int or dim < 1 for dim in dims) or list(dims) != sorted(set(dims)):
+            raise ValueError(f"candidates must be positive dims, each once, ascending, as (2, 4, 8); got {self.candidates!r}")
         if self.lookup not in ("shared", "separate") or self.transform not in FORMS:
             raise ValueError(
                 "lookup must be 'shared' or 'separate', and transform 'padding' or 'linear'; "
@@ -59,7 +60,7 @@ class CandidateDims(AlgorithmConfig):
 
     def space(self, given: SearchSpace | None) -> SearchSpace:
         """A dim is a whole table's: its rows are one block. Of what is given, ``align`` counts."""
-        return replace(given or SearchSpace(), row_blocks=1, scope="table")
+        return replace(given or SearchSpace(), row_blocks=1, column_chunks=None, scope="table")
 
     def form(self, table: Table, space: SearchSpace) -> CandidateForm:
         """Return what weighs a table's candidates."""

@@ -37,7 +37,7 @@ def test_batches_that_say_nothing_are_errors() -> None:
     alternatives = [(0, session.gates[0])]
     bad = PLAIN.batch(seed=1)
     bad.dense_features[0] = float("nan")
-    for batches, message in (([bad], "some are no numbers"), ([], "the loader has none")):
+    for batches, message in (([bad], "some are no numbers"), ([], "the loader gave no batch")):
         session.detach()
         session.attach(torch.optim.SGD(model.parameters(), lr=0.1), validation=batches)
         with pytest.raises(es.EmbsearchError, match=message):
