@@ -50,9 +50,9 @@ class TableIndex(FixedIndex):
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
 
     def outputs(self, columns: Tensor) -> Tensor:
-        """Return the table's output (B, D), of its stored columns padded with zeros to (B, D)."""
+        """Return the table's output (B, D), of its stored columns: (B, K) where it has a projection, else padded, (B, D)."""
         if self.projection is not None:
-            columns = columns[:, : self.projection.shape[0]] @ self.projection
+            columns = columns @ self.projection
         return columns if self.bias is None else columns + self.bias
 
 
@@ -120,6 +120,8 @@ class CompactEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self.chunks: EmbeddingBagCollectionInterface | None
         self.chunks = _chunk_tables(tables, plans, is_weighted, device) if tables else None
         self.index = nn.ModuleList(TableIndex(plan, device) for plan in plans)
+        # What is put together of the lookup: the K stored columns of a table that has a projection, else D.
+        self._widths = [plans[s.table].width if plans[s.table].projection else s.dim for s in self._slots]
         self._plain = not any(s.mean for s in self._slots) and all(
             plan.mask is None and not plan.projection and not plan.bias for plan in plans
         )
@@ -163,7 +165,7 @@ class CompactEmbeddingBagCollection(EmbeddingBagCollectionInterface):
 
     def _finished(self, output: Tensor, features: KeyedJaggedTensor, lengths: Mapping[str, Tensor]) -> Tensor:
         """Put in fine-grained tables' columns, divide sums where means are wanted, project: (B, sum of dims)."""
-        columns = list(output.split([slot.dim for slot in self._slots], dim=1))
+        columns = list(output.split(self._widths, dim=1))
         bags = features.to_dict() if self.fine else {}
         for number, slot in enumerate(self._slots):
             if str(slot.table) in self.fine:
@@ -176,9 +178,9 @@ class CompactEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         return torch.cat(columns, dim=1)
 
     def _stored_columns(self, features: KeyedJaggedTensor, lengths: Mapping[str, Tensor]) -> Tensor:
-        """Look up every part and put its columns where they belong: (B, sum of dims), zero where none is stored."""
+        """Look up every part and put its columns where they belong: (B, sum of widths), zero where none is stored."""
         if self.chunks is None:
-            return torch.zeros(features.stride(), sum(slot.dim for slot in self._slots), device=features.device())
+            return torch.zeros(features.stride(), sum(self._widths), device=features.device())
         pooled = self.chunks(self._of_parts(features, lengths))
         source = self._source(pooled)
         return pooled.values() if source is None else take_columns(pooled.values(), source)
@@ -204,16 +206,16 @@ class CompactEmbeddingBagCollection(EmbeddingBagCollectionInterface):
 
     def _source(self, pooled: KeyedTensor) -> Tensor | None:
         """Return for each column of the output its column in ``pooled``, or -1; ``None`` where they are the same."""
-        order, dims = (tuple(pooled.keys()), pooled.values().device), [slot.dim for slot in self._slots]
+        order = tuple(pooled.keys()), pooled.values().device
         if order not in self._layouts:  # a sharded collection answers in an order of its own
             widths = dict(zip(pooled.keys(), pooled.length_per_key(), strict=True))
             starts = dict(zip(widths, accumulate(widths.values(), initial=0), strict=False))
             parts = [
                 [(starts[str(n)], part.chunk.width) for n, part in enumerate(self._parts) if part.slot == number]
-                for number in range(len(dims))
+                for number in range(len(self._slots))
             ]
-            self._layouts[order] = Layout.of(parts, dims, order[1])
-        return self._layouts[order].source([self._index(slot).placement for slot in self._slots], dims)
+            self._layouts[order] = Layout.of(parts, self._widths, order[1])
+        return self._layouts[order].source([self._index(slot).placement for slot in self._slots], self._widths)
 
     def _index(self, slot: Slot) -> TableIndex:
         index = self.index[slot.table]
