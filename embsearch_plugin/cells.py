@@ -104,10 +104,6 @@ class Cells:
     watcher: Watcher
     frequencies: Callable[[], Mapping[str, Tensor]]
 
-    def has(self, place: Place) -> bool:
-        """Whether a cell is finished."""
-        return (self._folder_of(place) / CELL).exists()
-
     def get(self, place: Place) -> Row:
         """Return a cell; train it, if that was not done.
 
@@ -179,7 +175,7 @@ class Cells:
             session.derive().save(folder / PLAN)
         plan = SizePlan.load(folder / PLAN)
         name = "fine-tune" if course else "train"
-        if session.config.retrains:
+        if config.retrains:
             name, model = "retrain", self._fresh(plan)
             optimizer = self._optimizer(model)
         else:

@@ -199,11 +199,6 @@ def projected_column_bytes(table: Table) -> int:
     return table.dim * PROJECTION_DTYPE.itemsize
 
 
-def bias_bytes(table: Table) -> int:
-    """Bytes of a bias: float32 (D,)."""
-    return table.dim * PROJECTION_DTYPE.itemsize
-
-
 def fine_index_bytes(table: Table, kept: int) -> int:
     """Bytes of a compressed sparse row index: int32 row starts (V + 1,), a column number for each kept weight."""
     return (table.rows + 1) * INDEX_BYTES + kept * column_dtype(table.dim).itemsize

@@ -44,7 +44,7 @@ class AlgorithmConfig:
         warm_up: weight steps before the first search step. Ids are counted meanwhile (and after it: ranks are refreshed
             whenever the number of steps has doubled), so the default serves a run of 200 steps and one of 200,000.
         every: a search step follows every ``every``-th weight step.
-        retrains: in a reference run, apply the plan to a model built anew and train that from scratch; otherwise the
+        retrains: a reference run applies the plan to a model built anew and trains that from scratch; otherwise the
             searched model's compacted weights are trained on.
     """
 

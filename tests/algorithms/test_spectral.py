@@ -161,13 +161,12 @@ def test_the_plan_is_the_best_there_is_within_the_budget() -> None:
 def test_without_a_budget_little_is_lost(share: float) -> None:
     model, session, _ = searched(PLAIN, 20, algorithm=es.Spectral(warm_up=3, tolerance=share))
     plan = session.derive(strict=False)
-    whole = [quadratic_loss(session, i, torch.eye(8).double(), torch.zeros(s.rows, 8)) for i, s in enumerate(session.specs)]
     for index in range(2):
         g = fisher(model.eval(), session, index)
         lost = quadratic_loss(session, index, g, kept_rows(session, plan, index))
         everything = quadratic_loss(session, index, g, torch.zeros(session.specs[index].rows, 8))
         assert lost <= (share + 0.02) * everything
-        assert whole[index] > 0
+        assert everything > 0
 
 
 @pytest.mark.parametrize(
@@ -218,10 +217,7 @@ def test_rows_are_ranked_again_whenever_the_training_is_twice_as_long() -> None:
 
 
 def test_it_needs_validation_batches() -> None:
-    model, session = spectral()
-    session.detach()
-    other = es.prepare(Task(PLAIN.collection(), 16), algorithm=es.Spectral(), frequencies=[PLAIN.batch()])
-    other.step(PLAIN.batch())
+    session = es.prepare(Task(PLAIN.collection(), 16), algorithm=es.Spectral(), frequencies=[PLAIN.batch()])
+    session.step(PLAIN.batch())
     with pytest.raises(es.EmbsearchError, match="spectral needs validation batches here: attach"):
-        other.derive()
-    assert model is not None
+        session.derive()
