@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from itertools import product
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 import cattrs
 import yaml
@@ -245,6 +245,7 @@ def _converter() -> cattrs.Converter:
     for primitive in (int, float, bool, str):
         converter.register_structure_hook(primitive, _strictly)
     converter.register_structure_hook_func(_is_tuple, _list_only(converter.get_structure_hook(tuple[int, ...])))
+    converter.register_structure_hook_func(_is_literal, _one_of_the_named)
     converter.register_structure_hook_func(_is_union, lambda value, union: _one_of(converter, value, union))
     for base, known in (
         (data.DataConfig, lambda: {c.name: c for c in data.CONFIGS}),
@@ -261,6 +262,11 @@ def _is(wanted: object) -> Callable[[object], bool]:
 
 def _is_union(cls: object) -> bool:
     return get_origin(cls) in (Union, UnionType)
+
+
+def _is_literal(cls: object) -> bool:
+    origin: object = get_origin(cls)
+    return origin is Literal
 
 
 def _is_tuple(cls: object) -> bool:
@@ -289,6 +295,12 @@ def _strictly(value: object, cls: type) -> object:
         return float(value)
     if type(value) is not cls:
         raise TypeError(f"expected {cls.__name__}, got {value!r}")
+    return value
+
+
+def _one_of_the_named(value: object, literal: object) -> object:
+    if value not in get_args(literal):
+        raise ValueError(f"unknown value {value!r}.{did_you_mean(str(value), get_args(literal))}")
     return value
 
 

@@ -64,6 +64,7 @@ def test_all_problems_are_listed_at_once() -> None:
     ("search", "message"),
     [
         ({"algorithm": "dniss"}, "unknown name 'dniss'. Did you mean 'dnis'?"),
+        ({"algorithm": {"name": "nis", "mode": "sse"}}, "unknown value 'sse'. Did you mean 'se'? Available: me, se"),
         ({"algorithm": "dnis", "budgets": ["200%"]}, "at most 100 %"),
         ({"algorithm": "dnis", "budgets": ["0%"]}, "above zero"),
         ({"algorithm": "dnis", "budgets": ["-3%"]}, "above zero"),
