@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from torchrec.datasets.utils import Batch
 from torchrec.models.deepfm import SimpleDeepFMNN
 from torchrec.models.dlrm import DLRM, DLRMTrain
+from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from embsearch_plugin.data.dataset import Schema
 from embsearch_plugin.models.common import collection_for, require_clicks
+from embsearch_plugin.supernet.bags import columns_of
 
 
 @dataclass(frozen=True)
@@ -76,11 +78,16 @@ class DeepFm:
 
 
 class DeepFmTrain(nn.Module):
-    """What DLRMTrain is for DLRM. SimpleDeepFMNN ends in a sigmoid, so the loss is that of probabilities."""
+    """What DLRMTrain is for DLRM. SimpleDeepFMNN ends in a sigmoid, so the loss is that of probabilities.
+
+    SimpleDeepFMNN takes the features out of the KeyedTensor one at a time, and the backward of each slice fills zeros of the
+    whole width, F times in all: a third of a step. It is handed a dict of them instead, made by one split.
+    """
 
     def __init__(self, model: SimpleDeepFMNN) -> None:
         super().__init__()
         self.model = model
+        model.sparse_arch.register_forward_hook(_split_once)
 
     def forward(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """Return ``loss, (loss, logits, labels)`` for a batch."""
@@ -88,3 +95,7 @@ class DeepFmTrain(nn.Module):
         labels = batch.labels.float()
         loss = F.binary_cross_entropy(probabilities, labels)
         return loss, (loss.detach(), torch.logit(probabilities.detach(), eps=1e-7), labels)
+
+
+def _split_once(module: nn.Module, inputs: object, pooled: KeyedTensor) -> dict[str, Tensor]:
+    return columns_of(pooled)
