@@ -7,8 +7,10 @@ once per example, that is one over the table's rows: frequent rows get more colu
 Differences from the paper:
     * lambda follows from the budget in bytes, indices included: the largest that fits (:func:`proportional`, which also says
       how dims are rounded). The paper sets it so that the most popular block has the base dim.
-    * Rows are padded with zeros to the width of their table, where the paper projects each block to it by a learned matrix:
-      the only place for that is :func:`padded_plan`. No bytes are charged for projections.
+    * One learned matrix projects all blocks of a table to its width, a block of dim d by its first d rows; the paper has one
+      per block. It is counted in the budget. A table that has no more rows than columns, or keeps all columns, has none.
+    * The projection is there from the first step of a run, which rewrites the model before it is trained. In a session of one's
+      own, the columns are padded with zeros until ``compact`` puts the projection, at first the identity, in their place.
     * The blocks are the search space's, neighbours merged down to ``blocks``, as dnis.txt (3.1) shares one blocking among
       methods.
     * The sixteen settings are four temperatures by four numbers of blocks; dnis.txt does not list its own.
@@ -86,6 +88,8 @@ class Mde(AlgorithmConfig):
 class MdeSearch(FixedAllocation):
     """Mixed dimensions of one temperature in one session."""
 
+    projected: ClassVar[bool] = True
+
     def __init__(self, temperature: float, blocks: int) -> None:
         self.temperature, self.blocks = temperature, blocks
 
@@ -95,7 +99,7 @@ class MdeSearch(FixedAllocation):
             popularity(table.blocks, counts, self.blocks) ** self.temperature
             for table, counts in zip(session.tables, session.frequencies, strict=True)
         ]
-        return proportional(session.tables, weights, budget, session.space.align)
+        return proportional(session.tables, weights, budget, session.space.align, self.projected)
 
 
 def popularity(blocks: RowBlocks, counts: Tensor, groups: int) -> Tensor:

@@ -2,14 +2,15 @@
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from embsearch_plugin.budget import Budget
+from embsearch_plugin.collection import Table
 from embsearch_plugin.hookspecs import hookimpl
-from embsearch_plugin.plan import SizePlan, TablePlan, remap_bytes
+from embsearch_plugin.plan import SizePlan, TablePlan, projected_column_bytes, remap_bytes
 
 if TYPE_CHECKING:
     from embsearch_plugin.search.session import Session
@@ -23,8 +24,11 @@ class FixedAllocation:
     """An algorithm whose dims follow from its settings, the tables and the budget.
 
     When the search starts, gates become one for the first columns of each row block and zero for the others; so the model
-    trains as if its rows were that wide, padded with zeros to the width of their table. The network is unchanged.
+    trains as if its rows were that wide, padded with zeros to the width of their table. The network is unchanged. In a
+    compact model learned projections may take the place of the zeros (``projected``, see :func:`padded_plan`).
     """
+
+    projected: ClassVar[bool] = False
 
     def dims(self, session: "Session", budget: Budget) -> Dims:
         """Return the allocation within ``budget``; raise :class:`BudgetError` where there is none."""
@@ -44,10 +48,10 @@ class FixedAllocation:
     @hookimpl
     def embsearch_derive(self, session: "Session", budget: Budget | None) -> SizePlan:
         """Keep the columns that were trained; where the budget is too small for them, allocate within it."""
-        plan = padded_plan(session, [tuple(gate.sum(1).int().tolist()) for gate in session.gates])
+        plan = padded_plan(session, [tuple(gate.sum(1).int().tolist()) for gate in session.gates], self.projected)
         if budget is None or _size(plan, budget.unit) <= budget.limit(session.original_bytes):
             return plan
-        return padded_plan(session, self.dims(session, budget))
+        return padded_plan(session, self.dims(session, budget), self.projected)
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing: the session keeps the gates."""
@@ -57,39 +61,56 @@ class FixedAllocation:
         """Go on from nothing."""
 
 
-def padded_plan(session: "Session", dims: Dims) -> SizePlan:
-    """Return the plan in which every row block keeps its first columns; zeros take the place of the others."""
+def padded_plan(session: "Session", dims: Dims, projected: bool = False) -> SizePlan:
+    """Return the plan in which every row block keeps its first columns; zeros take the place of the others.
+
+    ``projected``: instead of that, a learned matrix per table makes its width of the columns that are kept, where it is
+    smaller than what it saves. It starts as the identity, which is padding.
+    """
     plans = []
     for table, chosen in zip(session.tables, dims, strict=True):
         rows = [table.blocks.rows_of(block) for block in range(len(table.blocks.sizes))]
-        plans.append(TablePlan.nested(table.spec, chosen, rows))
+        plans.append(TablePlan.nested(table.spec, chosen, rows, projection=projected and _worth_projecting(table.spec, chosen)))
     return SizePlan(tuple(plans), session.space.align)
 
 
-def proportional(tables: Sequence["SearchTable"], weights: Sequence[Tensor], budget: Budget, align: int) -> Dims:
+def _worth_projecting(spec: Table, dims: Sequence[int]) -> bool:
+    """Whether columns are missing, and the table has more rows than a projection, (K, D), would add to its columns."""
+    return max(dims) < spec.dim < spec.rows
+
+
+def proportional(
+    tables: Sequence["SearchTable"], weights: Sequence[Tensor], budget: Budget, align: int, projected: bool = False
+) -> Dims:
     """Give every row block a dim in proportion to its weight: the largest that fit the budget together.
 
     One scale times the weights is rounded to the nearest multiple of ``align`` (or the table's width, which is the most a
     block gets). No block has less than ``align``; only where the budget does not hold so much for all, it may have nothing.
-    The scale is the largest that fits, remaps included, so what is left of the budget is less than the next step.
+    The scale is the largest that fits, remaps and projections included, so what is left of the budget is less than the next
+    step.
 
     Args:
         tables: the tables, and how their rows are cut.
         weights: per table (S,), at least zero.
         budget: the ceiling.
         align: stored widths are multiples of it.
+        projected: as for :func:`padded_plan`.
     """
     limit = budget.limit(sum(table.spec.size_bytes for table in tables))
     growing = [_Growing(table, weight, align) for table, weight in zip(tables, weights, strict=True)]
-    least = align if _cost(tables, [g.at(0.0, align) for g in growing], budget.unit) <= limit else 0
+
+    def cost(dims: Dims, extras: bool = True) -> int:
+        return sum(_cost(table, chosen, budget.unit, projected, extras) for table, chosen in zip(tables, dims, strict=True))
+
+    least = align if cost([g.at(0.0, align) for g in growing]) <= limit else 0
     scales = sorted({0.0, *(scale for g in growing for scale in g.scales)})
 
     def at(scale: float) -> Dims:
         return [g.at(scale, least) for g in growing]
 
-    # Weights alone grow with the scale. A remap comes and goes with differing dims, so from there on, step by step.
-    above = bisect_right(scales, limit, key=lambda scale: _cost(tables, at(scale), budget.unit, remaps=False))
-    fitting = (dims for scale in reversed(scales[:above]) if _cost(tables, dims := at(scale), budget.unit) <= limit)
+    # Rows alone grow with the scale. Remaps and projections come and go, so from there on, step by step.
+    above = bisect_right(scales, limit, key=lambda scale: cost(at(scale), extras=False))
+    fitting = (dims for scale in reversed(scales[:above]) if cost(dims := at(scale)) <= limit)
     return next(fitting)  # at scale zero all dims are the least ones, which fit
 
 
@@ -114,14 +135,15 @@ class _Growing:
         return tuple(dims.clamp(min=least).clamp(max=int(self.dims[-1])).tolist())
 
 
-def _cost(tables: Sequence["SearchTable"], dims: Dims, unit: str, remaps: bool = True) -> int:
-    """Return what an allocation costs at most, with a remap for each table of several dims, whatever its rows' order."""
-    total = 0
-    for table, chosen in zip(tables, dims, strict=True):
-        kept = [(rows, dim) for rows, dim in zip(table.blocks.sizes, chosen, strict=True) if rows]
-        total += sum(rows * dim for rows, dim in kept) * (table.spec.dtype.itemsize if unit == "bytes" else 1)
-        if remaps and unit == "bytes" and len({dim for _, dim in kept}) > 1:
-            total += remap_bytes(table.spec)
+def _cost(table: "SearchTable", dims: Sequence[int], unit: str, projected: bool, extras: bool) -> int:
+    """Return what a table costs at most; with ``extras``: a remap where dims differ, whatever its rows' order, a projection."""
+    spec, in_bytes = table.spec, unit == "bytes"
+    kept = [(rows, dim) for rows, dim in zip(table.blocks.sizes, dims, strict=True) if rows]
+    total = sum(rows * dim for rows, dim in kept) * (spec.dtype.itemsize if in_bytes else 1)
+    if extras and in_bytes and len({dim for _, dim in kept}) > 1:
+        total += remap_bytes(spec)
+    if extras and projected and _worth_projecting(spec, dims):
+        total += max(dims) * (projected_column_bytes(spec) if in_bytes else spec.dim)
     return total
 
 

@@ -24,9 +24,14 @@ def table_of(name: str, sizes: list[int], dim: int, dtype: torch.dtype) -> Searc
     )
 
 
-def size_of(tables: list[SearchTable], dims: Dims, unit: str) -> int:
+def size_of(tables: list[SearchTable], dims: Dims, unit: str, projected: bool) -> int:
     plans = [
-        TablePlan.nested(t.spec, chosen, [t.blocks.rows_of(b) for b in range(len(t.blocks.sizes))])
+        TablePlan.nested(
+            t.spec,
+            chosen,
+            [t.blocks.rows_of(b) for b in range(len(t.blocks.sizes))],
+            projection=projected and max(chosen) < t.spec.dim < t.spec.rows,
+        )
         for t, chosen in zip(tables, dims, strict=True)
     ]
     plan = SizePlan(tuple(plans), 1)
@@ -57,9 +62,9 @@ def worlds(draw: st.DrawFn) -> tuple[list[SearchTable], list[torch.Tensor]]:
 
 
 @settings(deadline=None, max_examples=60)
-@given(worlds(), st.integers(1, 100), st.sampled_from([1, 2, 4]), st.sampled_from(["bytes", "parameters"]))
+@given(worlds(), st.integers(1, 100), st.sampled_from([1, 2, 4]), st.sampled_from(["bytes", "parameters"]), st.booleans())
 def test_the_largest_scale_within_the_budget_is_taken(
-    world: tuple[list[SearchTable], list[torch.Tensor]], percent: int, align: int, unit: str
+    world: tuple[list[SearchTable], list[torch.Tensor]], percent: int, align: int, unit: str, projected: bool
 ) -> None:
     tables, weights = world
     if unit == "bytes":
@@ -68,7 +73,7 @@ def test_the_largest_scale_within_the_budget_is_taken(
         budget = es.Budget(params=max(sum(t.spec.n_params for t in tables) * percent // 100, 1))
     limit = budget.limit(sum(t.spec.size_bytes for t in tables))
     smallest = [(min(align, t.spec.dim),) * len(t.blocks.sizes) for t in tables]
-    least = align if size_of(tables, smallest, unit) <= limit else 0
+    least = align if size_of(tables, smallest, unit, projected) <= limit else 0
 
     def at(scale: float) -> Dims:
         return [
@@ -84,10 +89,10 @@ def test_the_largest_scale_within_the_budget_is_taken(
         if weight
         for middle in middles[t.spec.dim]
     }
-    slow = [dims for scale in sorted({0.0, *scales}) if size_of(tables, dims := at(scale), unit) <= limit]
-    fast = proportional(tables, weights, budget, align)
-    assert size_of(tables, fast, unit) <= limit
-    assert size_of(tables, fast, unit) == size_of(tables, slow[-1], unit)
+    slow = [dims for scale in sorted({0.0, *scales}) if size_of(tables, dims := at(scale), unit, projected) <= limit]
+    fast = proportional(tables, weights, budget, align, projected)
+    assert size_of(tables, fast, unit, projected) <= limit
+    assert size_of(tables, fast, unit, projected) == size_of(tables, slow[-1], unit, projected)
 
 
 def test_equal_weights_are_a_uniform_dim_and_no_weight_is_the_least() -> None:
@@ -108,8 +113,8 @@ def test_what_was_trained_is_what_is_kept(world: str, algorithm: Any) -> None:
         for row, dim in zip(gate, chosen, strict=True):
             assert row.tolist() == [1.0] * dim + [0.0] * (len(row) - dim)
     for budget in ("50%", "90%"):
-        assert str(session.derive(budget)) == str(padded_plan(session, dims))
-    assert str(session.derive(strict=False)) == str(padded_plan(session, dims))
+        assert str(session.derive(budget)) == str(padded_plan(session, dims, isinstance(algorithm, es.Mde)))
+    assert str(session.derive(strict=False)) == str(padded_plan(session, dims, isinstance(algorithm, es.Mde)))
     smaller = session.derive("30%")
     assert smaller.size_bytes <= es.Budget.of("30%").limit(session.original_bytes)
 
@@ -124,3 +129,29 @@ def test_padding_leaves_the_dropped_columns_zero() -> None:
         (feature,) = table.table.features
         assert not pooled[feature][:, table.width :].any()
         assert pooled[feature][:, : table.width].any()
+
+
+def test_projections_take_the_place_of_zeros_and_are_trained() -> None:
+    model, session, optimizer = searched(PLAIN, algorithm=es.Mde(warm_up=2, temperature=0.3, blocks=1), budget="50%")
+    plan = session.derive()
+    padded = {path: module for path, module in model.named_modules() if path == "collection"}["collection"]
+    batch = PLAIN.batch(seed=3)
+    model.eval()
+    with torch.no_grad():
+        before = padded(batch.sparse_features).values().clone()
+    session.compact(plan)
+    projected = [table for table in plan.tables if table.projection]
+    assert projected
+    for table in plan.tables:
+        assert table.projection == (0 < table.width < table.table.dim < table.table.rows)
+    with torch.no_grad():
+        torch.testing.assert_close(model.collection(batch.sparse_features).values(), before)
+    model.train()
+    for seed in range(3):
+        optimizer.zero_grad()
+        model(PLAIN.batch(seed=seed))[0].backward()
+        optimizer.step()
+    pooled = model.collection(batch.sparse_features)
+    for table in projected:
+        (feature,) = table.table.features
+        assert pooled[feature][:, table.width :].any()
