@@ -305,12 +305,12 @@ def _one_of_the_named(value: object, literal: object) -> object:
 
 
 def _one_of(converter: cattrs.Converter, value: object, union: object) -> object:
-    """Structure a value of a union of at most one tuple, one other type and None; its YAML form tells which."""
+    """Structure a value of a union of at most one tuple, plain types and None; its YAML form tells which."""
     options = [cls for cls in get_args(union) if cls is not type(None)]
     if value is None and len(options) < len(get_args(union)):
         return None
     fitting = [cls for cls in options if (get_origin(cls) is tuple) == isinstance(value, list)]
-    return converter.structure(value, (fitting or options)[0])
+    return converter.structure(value, next((cls for cls in fitting if cls is type(value)), (fitting or options)[0]))
 
 
 def _by_name(converter: cattrs.Converter, known: Callable[[], Mapping[str, type]]) -> Callable[[object, object], object]:

@@ -1,7 +1,8 @@
 """The search space: how a table's rows are cut into blocks and its columns into chunks."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from itertools import accumulate, pairwise
 from math import isclose
 from numbers import Integral
@@ -11,11 +12,35 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from embsearch_plugin.collection import Table
 from embsearch_plugin.errors import SpaceError
 
 # From the rare rows on, each block holds half of the rows that are left, so that the few rows which fill most of a
 # zipf-distributed log are told apart.
 HALVING = (1 / 32, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
+
+
+RowCut = int | tuple[float, ...]
+ColumnCut = int | tuple[int | float, ...]
+
+
+@dataclass(frozen=True)
+class TableGroup:
+    """Tables that are cut in a way of their own.
+
+    Args:
+        tables: their names, or patterns such as ``"t_user*"``; a table is in the first group that it matches.
+        row_blocks: as :class:`SearchSpace` has it; null for what the space says.
+        column_chunks: likewise.
+    """
+
+    tables: tuple[str, ...]
+    row_blocks: RowCut | None = None
+    column_chunks: ColumnCut | None = None
+
+    def holds(self, table: Table) -> bool:
+        """Whether a table is one of the group's, by its name, or by its name with the collection's path before it."""
+        return any(fnmatchcase(name, pattern) for name in (table.name, str(table)) for pattern in self.tables)
 
 
 @dataclass(frozen=True)
@@ -25,22 +50,25 @@ class SearchSpace:
     Args:
         row_blocks: a number of equal blocks, or the blocks' shares of the rows, most frequent rows first, summing to one.
         column_chunks: a number of equal chunks (fewer, where a table is too narrow to cut it into so many), or the chunks'
-            widths, summing to the table's dim. By default the width is halved again and again, down to ``align``: 32 columns
-            are cut into 4, 4, 8 and 16.
+            widths, summing to the table's dim, or their shares of it, summing to one and rounded to multiples of ``align``
+            (a chunk that rounds to nothing joins the next). By default the width is halved again and again, down to
+            ``align``: 32 columns are cut into 4, 4, 8 and 16.
         scope: ``"table"`` ranks and cuts the rows of each table; ``"global"`` ranks the rows of all tables in one list
             and cuts that (dnis.txt, 2.3).
         min_block_rows: blocks with fewer rows are merged with their neighbour, so that a tiny table is one block.
         align: stored widths are multiples of it: 4 for FBGEMM's kernels, 1 for plain tables and the papers' dims.
+        groups: tables that are cut in a way of their own; ``"global"`` cuts all alike.
 
     Raises:
         SpaceError: where shares or widths do not add up.
     """
 
-    row_blocks: int | tuple[float, ...] = HALVING
-    column_chunks: int | tuple[int, ...] | None = None
+    row_blocks: RowCut = HALVING
+    column_chunks: ColumnCut | None = None
     scope: Literal["table", "global"] = "table"
     min_block_rows: int = 16
     align: int = 4
+    groups: tuple[TableGroup, ...] = ()
 
     def __post_init__(self) -> None:
         shares = self.shares
@@ -53,6 +81,20 @@ class SearchSpace:
             raise SpaceError(f"scope must be 'table' or 'global'; got {self.scope!r}.")
         if self.align < 1 or self.min_block_rows < 1:
             raise SpaceError(f"align and min_block_rows must be at least 1; got {self.align} and {self.min_block_rows}.")
+        if self.scope == "global" and self.groups:
+            raise SpaceError("groups must be empty where scope is 'global', which cuts the rows of all tables in one list.")
+        for group in self.groups:
+            self._within(group)
+
+    def of(self, table: Table) -> "SearchSpace":
+        """Return how a table is cut: as its group says, where it is in one."""
+        group = next((group for group in self.groups if group.holds(table)), None)
+        return self if group is None else self._within(group)
+
+    def _within(self, group: TableGroup) -> "SearchSpace":
+        rows = self.row_blocks if group.row_blocks is None else group.row_blocks
+        columns = self.column_chunks if group.column_chunks is None else group.column_chunks
+        return replace(self, row_blocks=rows, column_chunks=columns, groups=())
 
     @property
     def shares(self) -> tuple[float, ...]:
@@ -76,8 +118,10 @@ class SearchSpace:
         """Cut ``dim`` columns into chunks; return their widths (T,), which sum to ``dim``."""
         if self.column_chunks is None:
             return _halve(dim, self.align)
+        if isinstance(self.column_chunks, Sequence) and isclose(sum(self.column_chunks), 1.0, abs_tol=1e-6):
+            return _dealt(dim, self.column_chunks, self.align)
         if isinstance(self.column_chunks, Sequence):
-            widths = tuple(index(width) for width in self.column_chunks)
+            widths = tuple(_whole(width) for width in self.column_chunks)
         elif _is_count(self.column_chunks) and dim % self.align == 0 and dim < self.column_chunks * self.align:
             widths = (self.align,) * (dim // self.align)
         elif _is_count(self.column_chunks) and dim % self.column_chunks == 0:
@@ -101,6 +145,21 @@ class SearchSpace:
 
 def _is_count(value: object) -> bool:
     return not isinstance(value, bool) and isinstance(value, Integral) and int(value) > 0
+
+
+def _whole(width: float) -> int:
+    if isinstance(width, Integral):
+        return index(width)
+    raise SpaceError(f"column chunks are widths in columns, or shares that sum to 1; got {width!r} among widths.")
+
+
+def _dealt(dim: int, shares: Sequence[float], align: int) -> tuple[int, ...]:
+    """Cut ``dim`` columns where the shares end, to the nearest multiple of ``align``."""
+    if min(shares) <= 0:
+        raise SpaceError(f"shares of columns must be positive; got {tuple(shares)}.")
+    ends = [align * round(dim * share / align) for share in accumulate(shares)][:-1]
+    edges = sorted({0, *(end for end in ends if end < dim), dim})
+    return tuple(right - left for left, right in pairwise(edges))
 
 
 def _halve(dim: int, align: int) -> tuple[int, ...]:
@@ -138,18 +197,19 @@ class RowBlocks:
         return self.order[start : start + self.sizes[block]]
 
 
-def cut_tables(counts: Sequence[Tensor], space: SearchSpace) -> list[RowBlocks]:
+def cut_tables(tables: Sequence[Table], counts: Sequence[Tensor], space: SearchSpace) -> list[RowBlocks]:
     """Rank the rows of every table by frequency and cut them into blocks.
 
     Args:
+        tables: the tables.
         counts: per table, how often each of its rows occurred, (V,).
         space: where to cut, and whether per table or over all tables together.
     """
     orders = [torch.argsort(count, descending=True, stable=True).int() for count in counts]
     if space.scope == "table":
-        return [RowBlocks(space.cut_rows(order.numel()), order) for order in orders]
-    sizes = _cut_globally(counts, space)
-    return [RowBlocks(size, order) for size, order in zip(sizes, orders, strict=True)]
+        sizes = [space.of(table).cut_rows(order.numel()) for table, order in zip(tables, orders, strict=True)]
+        return [RowBlocks(size, order) for size, order in zip(sizes, orders, strict=True)]
+    return [RowBlocks(size, order) for size, order in zip(_cut_globally(counts, space), orders, strict=True)]
 
 
 def _cut_globally(counts: Sequence[Tensor], space: SearchSpace) -> list[tuple[int, ...]]:

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from embsearch_plugin.collection import Table
 from embsearch_plugin.errors import SpaceError
-from embsearch_plugin.space import HALVING, RowBlocks, SearchSpace, cut_tables
+from embsearch_plugin.space import HALVING, RowBlocks, SearchSpace, TableGroup, cut_tables
 
 SHARES = st.lists(st.integers(1, 9), min_size=1, max_size=6).map(lambda parts: tuple(p / sum(parts) for p in parts))
 COUNTS = st.lists(st.integers(0, 3), min_size=1, max_size=40)  # few values, so many ties
@@ -24,6 +25,14 @@ def ranked(counts: Sequence[int]) -> list[int]:
 
 def blocks_of(cut: RowBlocks) -> list[list[int]]:
     return [cut.rows_of(block).tolist() for block in range(len(cut.sizes))]
+
+
+def table(name: str, rows: int, dim: int = 4) -> Table:
+    return Table("bags", name, rows, dim, torch.float32, (name,))
+
+
+def cut(counts: Sequence[Tensor], space: SearchSpace) -> list[RowBlocks]:
+    return cut_tables([table(f"t{n}", len(count)) for n, count in enumerate(counts)], counts, space)
 
 
 def test_the_default_blocks_halve_from_the_rare_rows_on() -> None:
@@ -105,6 +114,11 @@ def test_other_settings_that_make_no_sense(options: dict[str, Any], message: str
         pytest.param(SearchSpace(column_chunks=4, align=1), 8, (2, 2, 2, 2), id="a number, align 1"),
         pytest.param(SearchSpace(column_chunks=(4, 12)), 16, (4, 12), id="widths"),
         pytest.param(SearchSpace(column_chunks=(np.int64(4), np.int64(12))), 16, (4, 12), id="widths from numpy"),
+        pytest.param(SearchSpace(column_chunks=(0.25, 0.75)), 32, (8, 24), id="shares"),
+        pytest.param(SearchSpace(column_chunks=(0.1, 0.1, 0.8)), 32, (4, 4, 24), id="shares are rounded to align"),
+        pytest.param(SearchSpace(column_chunks=(0.01, 0.09, 0.9)), 16, (16,), id="chunks that round to nothing join the next"),
+        pytest.param(SearchSpace(column_chunks=(0.5, 0.5)), 1, (1,), id="shares of one column"),
+        pytest.param(SearchSpace(column_chunks=(0.5, 0.5)), 10, (4, 6), id="shares of a dim that align does not divide"),
         pytest.param(SearchSpace(column_chunks=(3, 7)), 10, (3, 7), id="widths of a dim that align does not divide"),
     ],
 )
@@ -137,6 +151,8 @@ def test_default_chunks_are_aligned_and_the_largest_is_half(dim: int, align: int
         ((4, 8), r"must be positive and sum to the table's dim 16; got \(4, 8\) \(sum 12\)"),
         ((20, -4), r"must be positive and sum to the table's dim 16; got \(20, -4\)"),
         ((), r"got \(\) \(sum 0\)"),
+        ((4.5, 11.5), "widths in columns, or shares that sum to 1; got 4.5"),
+        ((-0.5, 1.5), "shares of columns must be positive"),
         ((6, 10), r"must be multiples of align=4; got \(6, 10\)"),
     ],
 )
@@ -148,10 +164,10 @@ def test_column_chunks_that_make_no_sense(column_chunks: Any, message: str) -> N
 @given(st.lists(COUNTS, min_size=1, max_size=4), SHARES, st.integers(1, 20))
 def test_tables_are_ranked_and_cut_one_by_one(counts: list[list[int]], shares: tuple[float, ...], least: int) -> None:
     space = SearchSpace(row_blocks=shares, min_block_rows=least)
-    for count, cut in zip(counts, cut_tables([torch.tensor(c) for c in counts], space), strict=True):
+    for count, blocks in zip(counts, cut([torch.tensor(c) for c in counts], space), strict=True):
         rows = ranked(count)
         sizes = space.cut_rows(len(count))
-        assert blocks_of(cut) == [rows[sum(sizes[:b]) : sum(sizes[: b + 1])] for b in range(len(sizes))]
+        assert blocks_of(blocks) == [rows[sum(sizes[:b]) : sum(sizes[: b + 1])] for b in range(len(sizes))]
 
 
 @given(st.lists(COUNTS, min_size=1, max_size=4), SHARES, st.integers(1, 20))
@@ -163,17 +179,34 @@ def test_all_tables_are_ranked_and_cut_in_one_list(counts: list[list[int]], shar
     for place, (_, table, row) in enumerate(sorted(everything)):
         block = next(b for b in range(len(sizes)) if place < sum(sizes[: b + 1]))
         expected[table][block].append(row)
-    cut = cut_tables([torch.tensor(c) for c in counts], space)
-    assert [blocks_of(each) for each in cut] == expected  # blocks that hold no row of a table stay, empty
+    found = cut([torch.tensor(c) for c in counts], space)
+    assert [blocks_of(each) for each in found] == expected  # blocks that hold no row of a table stay, empty
+
+
+def test_a_group_of_tables_is_cut_in_its_own_way() -> None:
+    large = TableGroup(("user*", "bags.movie"), row_blocks=(0.2, 0.8), column_chunks=2)
+    space = SearchSpace(row_blocks=1, groups=(large, TableGroup(("*",), row_blocks=2)))
+    users, movies, days = (table(name, 100, 16) for name in ("user_id", "movie", "day"))
+    assert [blocks.sizes for blocks in cut_tables([users, movies, days], [torch.ones(100)] * 3, space)] == [
+        (20, 80),
+        (20, 80),
+        (50, 50),
+    ]
+    assert [space.of(each).chunk_widths(16) for each in (users, movies, days)] == [(8, 8), (8, 8), (4, 4, 8)]
+    assert SearchSpace().of(users) == SearchSpace()
+    with pytest.raises(SpaceError, match="positive shares that sum to 1"):
+        SearchSpace(groups=(TableGroup(("*",), row_blocks=(0.2, 0.2)),))
+    with pytest.raises(SpaceError, match="groups must be empty where scope is 'global'"):
+        SearchSpace(scope="global", groups=(large,))
 
 
 @pytest.mark.parametrize("dtypes", [(torch.int32, torch.int64), (torch.float32, torch.int32)])
 def test_counts_of_any_dtype_rank_alike(dtypes: tuple[torch.dtype, ...]) -> None:
     counts = [torch.tensor([1, 5, 3]), torch.tensor([4, 2])]
     space = SearchSpace(row_blocks=(0.4, 0.6), scope="global", min_block_rows=1)
-    cut = cut_tables([c.to(dtype) for c, dtype in zip(counts, dtypes, strict=True)], space)
-    assert [blocks_of(each) for each in cut] == [[[1], [2, 0]], [[0], [1]]]
-    assert all(each.order.dtype == torch.int32 for each in cut)
+    found = cut([c.to(dtype) for c, dtype in zip(counts, dtypes, strict=True)], space)
+    assert [blocks_of(each) for each in found] == [[[1], [2, 0]], [[0], [1]]]
+    assert all(each.order.dtype == torch.int32 for each in found)
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=6).filter(any), st.randoms())

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import Table
+from embsearch_plugin.ranges import Ranges
 from embsearch_plugin.space import SearchSpace
 from embsearch_plugin.supernet.forms import Form
 
@@ -40,6 +41,10 @@ class AlgorithmConfig:
         ``folds_gates``: whether gates are part of the weights, which are multiplied by them when they are stored. Otherwise
         gates only say what takes part, and the plan says that again.
 
+    What a study needs to know:
+        ``ranges``: what is sensible for the fields that are worth tuning; a recipe may say otherwise.
+        :attr:`cuts_rows`, :attr:`cuts_columns`: whether row blocks and column chunks make a difference.
+
     Args:
         warm_up: weight steps before the first search step. Ids are counted meanwhile (and after it: ranks are refreshed
             whenever the number of steps has doubled), so the default serves a run of 200 steps and one of 200,000.
@@ -51,6 +56,7 @@ class AlgorithmConfig:
     name: ClassVar[str]
     starts_from: ClassVar[Literal["scratch", "dense"]] = "scratch"
     folds_gates: ClassVar[bool] = True
+    ranges: ClassVar[Ranges] = {}
     warm_up: int = 50
     every: int = 1
     retrains: bool = False
@@ -62,6 +68,16 @@ class AlgorithmConfig:
     @property
     def trains(self) -> bool:
         """Whether the model trains while sizes are searched; otherwise one search step says it all."""
+        return True
+
+    @property
+    def cuts_rows(self) -> bool:
+        """Whether the row blocks of the space make a difference."""
+        return True
+
+    @property
+    def cuts_columns(self) -> bool:
+        """Whether the column chunks of the space make a difference."""
         return True
 
     @property

@@ -30,6 +30,7 @@ from embsearch_plugin.algorithms.parts.pruning import prune_pairs, prune_weights
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.hookspecs import hookimpl
 from embsearch_plugin.plan import SizePlan
+from embsearch_plugin.ranges import Range, Ranges
 
 if TYPE_CHECKING:
     from embsearch_plugin.search.session import Session
@@ -52,6 +53,11 @@ class Dnis(AlgorithmConfig):
     """
 
     name: ClassVar[str] = "dnis"
+    ranges: ClassVar[Ranges] = {
+        "lr": Range(1e-3, 0.1, log=True),
+        "warm_up": Range(10, 1000, log=True),
+        "every": (1, 2, 4),
+    }
     lr: float = 0.01
     xi: float = 0.0
     fine_grained: bool = False
@@ -59,6 +65,11 @@ class Dnis(AlgorithmConfig):
     epsilon: float = 1e-7
     patience: int = 10
     window: int = 100
+
+    @property
+    def cuts_columns(self) -> bool:
+        """Single weights stand in no chunks."""
+        return not self.fine_grained
 
     def build(self) -> "DnisSearch":
         """Return a new search."""

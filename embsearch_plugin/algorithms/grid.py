@@ -47,6 +47,16 @@ class Grid(AlgorithmConfig):
         """Sizes are known before any training."""
         return False
 
+    @property
+    def cuts_rows(self) -> bool:
+        """A dim is a whole table's."""
+        return False
+
+    @property
+    def cuts_columns(self) -> bool:
+        """Dims are multiples of the space's ``align``."""
+        return False
+
     def allocations(self, tables: Sequence[Table], budget: Budget, space: SearchSpace) -> Sequence[AlgorithmConfig]:
         """Return a uniform dim for each of the grid that is within the budget and the widest table.
 

@@ -51,6 +51,16 @@ class Magnitude(AlgorithmConfig):
             raise ValueError(f"rounds must be at least 1, and 1 where fine_grained; got {self.rounds}")
 
     @property
+    def cuts_rows(self) -> bool:
+        """Single weights stand in no blocks."""
+        return not self.fine_grained
+
+    @property
+    def cuts_columns(self) -> bool:
+        """Single weights stand in no chunks."""
+        return not self.fine_grained
+
+    @property
     def trains(self) -> bool:
         """One shot needs the trained weights only."""
         return self.rounds > 1

@@ -31,6 +31,7 @@ from embsearch_plugin.algorithms.parts.fixed import Dims, FixedAllocation, propo
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import Table
 from embsearch_plugin.hookspecs import hookimpl
+from embsearch_plugin.ranges import Range, Ranges
 from embsearch_plugin.space import RowBlocks, SearchSpace
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class Mde(AlgorithmConfig):
     """
 
     name: ClassVar[str] = "mde"
+    ranges: ClassVar[Ranges] = {"temperature": Range(0.0, 1.0), "blocks": Range(1, 8)}
     temperatures: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)
     block_counts: tuple[int, ...] = (1, 2, 4, 8)
     temperature: float | None = None
@@ -67,9 +69,15 @@ class Mde(AlgorithmConfig):
         """Sizes are known before any training."""
         return False
 
+    @property
+    def cuts_columns(self) -> bool:
+        """Dims are multiples of the space's ``align``."""
+        return False
+
     def allocations(self, tables: Sequence[Table], budget: Budget, space: SearchSpace) -> Sequence[AlgorithmConfig]:
         """Return a config for each temperature and number of blocks, as far as the space tells them apart."""
-        counts = dict.fromkeys(min(count, len(space.shares)) for count in self._tried_counts)
+        most = max(len(space.of(table).shares) for table in tables)
+        counts = dict.fromkeys(min(count, most) for count in self._tried_counts)
         return [replace(self, temperature=alpha, blocks=k) for alpha, k in product(self._tried_temperatures, counts)]
 
     def build(self) -> "MdeSearch":

@@ -52,6 +52,7 @@ from embsearch_plugin.compact.fold import Fold
 from embsearch_plugin.errors import NonFiniteLoss, QualityError, SessionError
 from embsearch_plugin.hookspecs import hookimpl
 from embsearch_plugin.plan import SizePlan, TablePlan
+from embsearch_plugin.ranges import Range, Ranges
 from embsearch_plugin.space import SearchSpace
 from embsearch_plugin.supernet.forms import Form, Projection
 
@@ -79,6 +80,12 @@ class Nis(AlgorithmConfig):
     """
 
     name: ClassVar[str] = "nis"
+    ranges: ClassVar[Ranges] = {
+        "mode": ("se", "me"),
+        "penalty": Range(1e-3, 1.0, log=True),
+        "lr": Range(0.01, 1.0, log=True),
+        "warm_up": Range(10, 1000, log=True),
+    }
     folds_gates: ClassVar[bool] = False
     mode: Mode = "me"
     quality: str | Quality = "auc"

@@ -27,6 +27,7 @@ from embsearch_plugin.algorithms.parts.fixed import Dims, FixedAllocation, propo
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import Table
 from embsearch_plugin.hookspecs import hookimpl
+from embsearch_plugin.ranges import Range, Ranges
 from embsearch_plugin.space import SearchSpace
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Random(AlgorithmConfig):
     """
 
     name: ClassVar[str] = "random"
+    ranges: ClassVar[Ranges] = {"by": ("table", "block"), "draw": Range(0, 15)}
     by: Literal["table", "block"] = "table"
     draws: int = 16
     draw: int | None = None
@@ -62,6 +64,16 @@ class Random(AlgorithmConfig):
     @property
     def trains(self) -> bool:
         """Sizes are known before any training."""
+        return False
+
+    @property
+    def cuts_rows(self) -> bool:
+        """Where a dim is drawn for each block."""
+        return self.by == "block"
+
+    @property
+    def cuts_columns(self) -> bool:
+        """Dims are multiples of the space's ``align``."""
         return False
 
     def allocations(self, tables: Sequence[Table], budget: Budget, space: SearchSpace) -> Sequence[AlgorithmConfig]:

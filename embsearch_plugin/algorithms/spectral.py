@@ -40,6 +40,7 @@ from embsearch_plugin.collection import Table
 from embsearch_plugin.compact.fold import UNFOLDED, Fold
 from embsearch_plugin.hookspecs import hookimpl
 from embsearch_plugin.plan import SizePlan, TablePlan, placement_bytes, projected_column_bytes, remap_bytes
+from embsearch_plugin.ranges import Range, Ranges
 from embsearch_plugin.space import SearchSpace
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class Spectral(AlgorithmConfig):
     """
 
     name: ClassVar[str] = "spectral"
+    ranges: ClassVar[Ranges] = {"floor": Range(1e-4, 0.1, log=True), "fine_tuning": Range(0.1, 1.0)}
     starts_from: ClassVar[Literal["scratch", "dense"]] = "dense"
     every: int = 50  # a step costs nothing; at steps the rows are ranked anew, where they were last at half as many
     batches: int = 16
@@ -121,7 +123,7 @@ class SpectralSearch:
         return SizePlan(tuple(pair[way].plan(dims) for pair, (way, dims) in zip(pairs, chosen, strict=True)), align)
 
     def _ways(self, basis: "_Basis", space: SearchSpace, unit: str) -> tuple["_Way", "_Way"]:
-        dims = space.dims(basis.table.spec.dim)
+        dims = space.of(basis.table.spec).dims(basis.table.spec.dim)
         return _Way(basis, dims, unit, rotated=False), _Way(basis, dims, unit, rotated=True)
 
     @hookimpl

@@ -44,6 +44,16 @@ class Uniform(AlgorithmConfig):
         return False
 
     @property
+    def cuts_rows(self) -> bool:
+        """A dim is a whole table's."""
+        return False
+
+    @property
+    def cuts_columns(self) -> bool:
+        """Dims are multiples of the space's ``align``."""
+        return False
+
+    @property
     def same_at_every_budget(self) -> bool:
         """A dim that was asked for does not depend on the budget."""
         return self.dim is not None

@@ -158,7 +158,7 @@ def growth(work: Workload, repeats: int) -> dict[str, float]:
     weight_step(batches[0])
     found = medians({"plain": plain, "weight": weight_step, "search": session.step}, batches, repeats)
     started = clock()
-    cut_tables(session.frequencies, session.space)
+    cut_tables(session.specs, session.frequencies, session.space)
     ranking = 1000 * (clock() - started)
     added = found["weight"] - found["plain"]
     return {"plain step": found["plain"], "added to a weight step": added, "search step": found["search"], "ranking": ranking}

@@ -92,7 +92,7 @@ class PlantedDataset(TabularDataset):
         """
         _check_tables(tables, self.ranks)
         counts = [torch.bincount(column, minlength=len(u)) for column, u in zip(self.ids.t(), self.latents, strict=True)]
-        searched = [SearchTable(t, blocks) for t, blocks in zip(tables, cut_tables(counts, space), strict=True)]
+        searched = [SearchTable(t, blocks) for t, blocks in zip(tables, cut_tables(tables, counts, space), strict=True)]
         worths = _worths(self.latents, [count / len(self.ids) for count in counts], width=max(table.dim for table in tables))
         energies = [
             torch.stack([worth[t.blocks.rows_of(block).long(), : t.spec.dim].sum(0) for block in range(len(t.blocks.sizes))])

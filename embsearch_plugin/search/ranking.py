@@ -40,7 +40,7 @@ class Ranking:
         """Rank and cut for the first time, or again when it is time."""
         if self._tables.blocks is not None and (self._given is not None or step < self._next):
             return
-        self._tables.cut(cut_tables(self._latest(), self._space))
+        self._tables.cut(cut_tables(self._tables.specs, self._latest(), self._space))
         self._next = max(2 * step, 1)
 
     def counts(self) -> list[Tensor]:

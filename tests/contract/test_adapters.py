@@ -52,7 +52,9 @@ def test_the_supernet_answers_as_the_original_and_keeps_its_parameters(adapter: 
     (found,) = find_collections(build())
     original = copy.deepcopy(found.module)
     supernet = build_supernet(found, ())
-    supernet.set_blocks(cut_tables([torch.arange(t.rows) for t in found.tables], SearchSpace()), torch.device("cpu"))
+    supernet.set_blocks(
+        cut_tables(found.tables, [torch.arange(t.rows) for t in found.tables], SearchSpace()), torch.device("cpu")
+    )
     got, expected = outputs(supernet(features(3))), outputs(original(features(3)))
     assert list(got) == list(expected)
     for key, value in got.items():

@@ -17,6 +17,7 @@ from embsearch_plugin.errors import BudgetError
 from embsearch_plugin.files import read_state, write_state
 from embsearch_plugin.plan import SizePlan
 from embsearch_plugin.plugins import algorithms
+from embsearch_plugin.ranges import Range
 from embsearch_plugin.search.session import Session
 
 ALGORITHMS = sorted(algorithms())
@@ -33,6 +34,14 @@ def run(algorithm: str, world: str = "one id", steps: int = 12, **options: objec
 def state_of(model: Task, session: Session, optimizer: Optimizer) -> list[Tensor]:
     tensors = [*model.state_dict().values(), *session.gates]
     return [t.clone() for t in tensors + [v for s in optimizer.state.values() for v in s.values()]]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_declared_ranges_are_of_fields_and_hold_what_these_take(algorithm: str) -> None:
+    config = algorithms()[algorithm]
+    for name, declared in config.ranges.items():
+        for value in declared.ends if isinstance(declared, Range) else declared:
+            assert getattr(config(**{name: value}), name) == value
 
 
 @everywhere

@@ -66,7 +66,7 @@ class FrequencySearch:
     def _options(self, table: SearchTable, counts: Tensor, space: es.SearchSpace, unit: str) -> TableOptions:
         """Offer every dim for the whole table, and for each row block by itself; then rows need a remap."""
         shares = _shares(table, counts)
-        dims, weight = space.dims(table.spec.dim), table.spec.dtype.itemsize if unit == "bytes" else 1
+        dims, weight = space.of(table.spec).dims(table.spec.dim), table.spec.dtype.itemsize if unit == "bytes" else 1
 
         def of(rows: int, share: float) -> tuple[Option, ...]:
             return tuple(Option(dim, rows * dim * weight, share * dim**self.config.power) for dim in dims)

@@ -32,8 +32,8 @@ class BlockChoices:
     @classmethod
     def of(cls, session: "Session", mode: Mode) -> "BlockChoices":
         """Return the choices among the blocks that a session cuts its tables into."""
-        cut = session.space.chunk_widths
-        tables = [EmbeddingBlocks(table.spec, table.blocks.sizes, cut(table.spec.dim)) for table in session.tables]
+        cuts = [session.space.of(table.spec).chunk_widths(table.spec.dim) for table in session.tables]
+        tables = [EmbeddingBlocks(t.spec, t.blocks.sizes, cut) for t, cut in zip(session.tables, cuts, strict=True)]
         return cls(tables, mode, session.gates[0].device)
 
     def heights(self, choices: Tensor) -> list[Tensor]:

@@ -68,7 +68,7 @@ class _Pairs:
 
     def __init__(self, table: "SearchTable", energy: Tensor, space: SearchSpace) -> None:
         self.table = table
-        self.dims = space.dims(table.spec.dim)
+        self.dims = space.of(table.spec).dims(table.spec.dim)
         self.order = torch.argsort(energy.sum(0), descending=True, stable=True)
         self.energy = energy[:, self.order]  # (S, D)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from embsearch_plugin.compact.fold import UNFOLDED, Fold
 from embsearch_plugin.errors import PlanError
 from embsearch_plugin.hookspecs import hookimpl
 from embsearch_plugin.plan import Block, SizePlan, TablePlan
+from embsearch_plugin.ranges import Range, Ranges
 from embsearch_plugin.space import SearchSpace
 
 if TYPE_CHECKING:
@@ -37,6 +38,11 @@ class CandidateDims(AlgorithmConfig):
             as tables x candidates x batches.
     """
 
+    ranges: ClassVar[Ranges] = {
+        "candidates": ((2, 4, 6, 8, 10), (4, 8, 16), (4, 8, 16, 32)),
+        "transform": ("padding", "linear"),
+        "lr": Range(1e-3, 0.1, log=True),
+    }
     warm_up: int = 0
     retrains: bool = True
     candidates: tuple[int, ...] = (2, 4, 6, 8, 10)
@@ -58,9 +64,19 @@ class CandidateDims(AlgorithmConfig):
         if self.lr <= 0 or self.scored_on < 1:
             raise ValueError(f"lr must be above 0 and scored_on at least 1; got {self.lr} and {self.scored_on}")
 
+    @property
+    def cuts_rows(self) -> bool:
+        """A dim is a whole table's."""
+        return False
+
+    @property
+    def cuts_columns(self) -> bool:
+        """Its candidates are its own."""
+        return False
+
     def space(self, given: SearchSpace | None) -> SearchSpace:
         """A dim is a whole table's: its rows are one block. Of what is given, ``align`` counts."""
-        return replace(given or SearchSpace(), row_blocks=1, column_chunks=None, scope="table")
+        return replace(given or SearchSpace(), row_blocks=1, column_chunks=None, scope="table", groups=())
 
     def form(self, table: Table, space: SearchSpace) -> CandidateForm:
         """Return what weighs a table's candidates."""
