@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from embsearch_plugin.saving import apply, load, save
     from embsearch_plugin.search.session import Session
     from embsearch_plugin.space import SearchSpace
+    from embsearch_plugin.study.pruning import OptunaPruning
+    from embsearch_plugin.study.space import suggest
 
 _HOMES = {
     "AutoDim": "algorithms.autodim",
@@ -38,6 +40,7 @@ _HOMES = {
     "Magnitude": "algorithms.magnitude",
     "Mde": "algorithms.mde",
     "Nis": "algorithms.nis",
+    "OptunaPruning": "study.pruning",
     "Random": "algorithms.random",
     "Sam": "algorithms.sam",
     "SearchSpace": "space",
@@ -52,6 +55,7 @@ _HOMES = {
     "save": "saving",
     "searchable": "decorator",
     "session": "decorator",
+    "suggest": "study.space",
 }
 
 __all__ = [
@@ -63,6 +67,7 @@ __all__ = [
     "Magnitude",
     "Mde",
     "Nis",
+    "OptunaPruning",
     "Random",
     "Sam",
     "SearchSpace",
@@ -77,6 +82,7 @@ __all__ = [
     "save",
     "searchable",
     "session",
+    "suggest",
 ]
 
 

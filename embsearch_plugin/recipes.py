@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from itertools import product
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin
 
 import cattrs
 import yaml
@@ -19,9 +19,13 @@ from embsearch_plugin.algorithms.base import AlgorithmConfig
 from embsearch_plugin.algorithms.magnitude import Magnitude
 from embsearch_plugin.algorithms.uniform import Uniform
 from embsearch_plugin.budget import Budget
+from embsearch_plugin.data.own import OwnData
 from embsearch_plugin.errors import EmbsearchError, RecipeError, did_you_mean
+from embsearch_plugin.models.own import OwnModel
 from embsearch_plugin.plugins import algorithms
+from embsearch_plugin.ranges import Range, Ranges
 from embsearch_plugin.space import SearchSpace
+from embsearch_plugin.study.config import Study
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adam": Adam, "adagrad": Adagrad, "sgd": SGD}
 
@@ -60,6 +64,7 @@ class Train:
         fused: put the tables on fused kernels with an optimizer of their own.
     """
 
+    ranges: ClassVar[Ranges] = {"lr": Range(1e-4, 1e-2, log=True), "l2": Range(1e-5, 1e-2, log=True)}
     batch_size: int = 1024
     epochs: int = 30
     patience: int = 2
@@ -149,6 +154,7 @@ class Recipe:
         train: how models are trained.
         tune: which training settings are tried.
         seeds: of weights, batches and searches; results are means over them.
+        study: what ``embsearch study`` varies; a run does without.
     """
 
     data: data.DataConfig
@@ -157,6 +163,7 @@ class Recipe:
     train: Train = field(default_factory=Train)
     tune: Tune = field(default_factory=Tune)
     seeds: tuple[int, ...] = (0,)
+    study: Study | None = None
 
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
@@ -178,10 +185,45 @@ def settings(config: AlgorithmConfig) -> list[str]:
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply ``key=value`` overrides, keys with dots (``train.epochs=3``), values in YAML.
 
+    A recipe that ``extends`` another (a path, from its own folder) says only what differs. Mappings are merged, unless they
+    have different names; null takes back what the other one says.
+
     Raises:
         RecipeError: where the file cannot be read or something in it is wrong; lists all problems.
     """
-    path = Path(path)
+    content = _read(Path(path), ())
+    for override in overrides:
+        key, value = _parsed(override)
+        put(content, key, value)
+    return parse_recipe(content, str(path))
+
+
+def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
+    """Read a recipe and all that it extends; ``readers`` are the recipes that led here."""
+    if path.resolve() in readers:
+        raise RecipeError(f"{path} extends itself, by way of {', '.join(reader.name for reader in readers)}.")
+    content = _content(path)
+    base = content.pop("extends", None)
+    if base is None:
+        return content
+    if not isinstance(base, str):
+        raise RecipeError(f"extends must be the path of a recipe; got {base!r} in {path}.")
+    return _merged(_read(path.parent / base, (*readers, path.resolve())), content)
+
+
+def _merged(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in other.items():
+        old = merged.pop(key, None)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        if both and value.get("name", old.get("name")) == old.get("name"):
+            merged[key] = _merged(old, value)
+        elif value is not None:
+            merged[key] = value
+    return merged
+
+
+def _content(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -190,9 +232,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path} is not YAML: {error}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path} must hold a mapping with data, model and search; got {type(content).__name__}.")
-    for override in overrides:
-        _override(content, override)
-    return parse_recipe(content, str(path))
+    return content
+
+
+def overridden(recipe: Recipe, values: Mapping[str, Any], source: str) -> Recipe:
+    """Return a recipe with other values, plain ones by key (``train.lr``); ``source`` is named in errors."""
+    content: dict[str, Any] = to_plain(recipe)
+    for key, value in values.items():
+        put(content, key, value)
+    return parse_recipe(content, source)
 
 
 def parse_recipe(content: Mapping[str, Any], source: str) -> Recipe:
@@ -213,6 +261,8 @@ def to_plain(value: Any) -> Any:
         name = getattr(value, "name", None)
         named = {} if name is None else {"name": name}
         return named | {f.name: to_plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: to_plain(item) for key, item in value.items()}
     return [to_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
@@ -221,21 +271,31 @@ def to_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(to_plain(recipe), sort_keys=False)
 
 
-def _override(content: dict[str, Any], override: str) -> None:
+def _parsed(override: str) -> tuple[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise RecipeError(f"an override is key=value, such as train.epochs=3; got {override!r}.")
     try:
-        value = yaml.safe_load(text)
+        return key, yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"the value of the override {override!r} is not YAML: {error}") from error
+
+
+def put(content: dict[str, Any], key: str, value: Any) -> None:
+    """Set a value of a recipe as plain data, by its key with dots.
+
+    Raises:
+        RecipeError: where the key leads into something that holds no fields.
+    """
     *parents, last = key.split(".")
     for parent in parents:
         inner = content.setdefault(parent, {})
+        if inner is None:
+            inner = content[parent] = {}
         if isinstance(inner, str):  # `algorithm: dnis` is short for `algorithm: {name: dnis}`
             inner = content[parent] = {"name": inner}
         if not isinstance(inner, dict):
-            raise RecipeError(f"the override {override!r} goes into {parent!r}, which is {inner!r} and holds no fields.")
+            raise RecipeError(f"the override of {key!r} goes into {parent!r}, which is {inner!r} and holds no fields.")
         content = inner
     content[last] = value
 
@@ -247,12 +307,12 @@ def _converter() -> cattrs.Converter:
     converter.register_structure_hook_func(_is_tuple, _list_only(converter.get_structure_hook(tuple[int, ...])))
     converter.register_structure_hook_func(_is_literal, _one_of_the_named)
     converter.register_structure_hook_func(_is_union, lambda value, union: _one_of(converter, value, union))
-    for base, known in (
-        (data.DataConfig, lambda: {c.name: c for c in data.CONFIGS}),
-        (models.ModelConfig, lambda: {c.name: c for c in models.CONFIGS}),
-        (AlgorithmConfig, algorithms),
+    for base, known, own in (
+        (data.DataConfig, lambda: {c.name: c for c in data.CONFIGS}, OwnData),
+        (models.ModelConfig, lambda: {c.name: c for c in models.CONFIGS}, OwnModel),
+        (AlgorithmConfig, algorithms, None),
     ):
-        converter.register_structure_hook_func(_is(base), _by_name(converter, known))
+        converter.register_structure_hook_func(_is(base), _by_name(converter, known, own))
     return converter
 
 
@@ -310,13 +370,23 @@ def _one_of(converter: cattrs.Converter, value: object, union: object) -> object
     if value is None and len(options) < len(get_args(union)):
         return None
     fitting = [cls for cls in options if (get_origin(cls) is tuple) == isinstance(value, list)]
-    return converter.structure(value, next((cls for cls in fitting if cls is type(value)), (fitting or options)[0]))
+    chosen = next((cls for cls in fitting if cls is type(value)), (fitting or options)[0])
+    if is_dataclass(chosen) and not isinstance(value, dict):
+        or_list = " or a list" * (len(options) > len([cls for cls in options if get_origin(cls) is not tuple]))
+        raise TypeError(f"expected a mapping with {', '.join(f.name for f in fields(chosen))}{or_list}, got {value!r}")
+    return converter.structure(value, chosen)
 
 
-def _by_name(converter: cattrs.Converter, known: Callable[[], Mapping[str, type]]) -> Callable[[object, object], object]:
+def _by_name(
+    converter: cattrs.Converter, known: Callable[[], Mapping[str, type]], own: type | None
+) -> Callable[[object, object], object]:
+    """Structure a config by its name; ``own`` is that of a name such as ``package.module:function``."""
+
     def structure(value: object, _: object) -> object:
         given = {"name": value} if isinstance(value, str) else dict(value) if isinstance(value, dict) else {}
         name = given.pop("name", None)
+        if own is not None and isinstance(name, str) and ":" in name:
+            return make_dict_structure_fn(own, converter, _cattrs_forbid_extra_keys=True)(given | {"name": name}, own)
         if name not in known():
             raise ValueError(f"unknown name {name!r}.{did_you_mean(str(name), known())}".rstrip("."))
         cls = known()[name]

@@ -147,7 +147,7 @@ def _is_count(value: object) -> bool:
     return not isinstance(value, bool) and isinstance(value, Integral) and int(value) > 0
 
 
-def _whole(width: float) -> int:
+def _whole(width: object) -> int:
     if isinstance(width, Integral):
         return index(width)
     raise SpaceError(f"column chunks are widths in columns, or shares that sum to 1; got {width!r} among widths.")
