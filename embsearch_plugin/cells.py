@@ -8,13 +8,15 @@ What several cells need is trained once and kept beside them: the dense model, a
     METHOD/ALLOCATION/...           the same for each allocation, where a method tries several
     ALGORITHM/SETTINGS/             an allocation that is the same at every budget, and for all methods that try it
 
-A cell that is finished has a ``cell.json``, and is never trained again. One that was stopped goes on at its last epoch.
+A cell that is finished has a ``cell.json``, and is never trained again. One that was stopped goes on at its last epoch. Where
+several processes want one cell, or one search, the first trains it and the others wait.
 """
 
 import json
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sized
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
@@ -30,7 +32,7 @@ from embsearch_plugin.data.dataset import Batches, Dataset, Split
 from embsearch_plugin.decorator import prepare
 from embsearch_plugin.errors import BudgetError, NonFiniteLoss, RunFolderError
 from embsearch_plugin.evaluation import evaluate
-from embsearch_plugin.files import read_state, write_json, write_state
+from embsearch_plugin.files import locked, read_state, write_json, write_state
 from embsearch_plugin.fused import FusedEmbeddingBags
 from embsearch_plugin.hookspecs import hookimpl
 from embsearch_plugin.plan import SizePlan
@@ -111,9 +113,10 @@ class Cells:
             RunFolderError: where its record is damaged.
         """
         folder = self._folder_of(place)
-        if not (folder / CELL).exists():
-            (folder / TEST).unlink(missing_ok=True)  # of a model that is gone
-            write_json(folder / CELL, self._dense() if place.config is None else self._compact(place, place.config))
+        with locked(folder):
+            if not (folder / CELL).exists():
+                (folder / TEST).unlink(missing_ok=True)  # of a model that is gone
+                write_json(folder / CELL, self._dense() if place.config is None else self._compact(place, place.config))
         if place.config is not None:
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # no other cell needs them
         row: Row = _read(folder / CELL)
@@ -123,8 +126,16 @@ class Cells:
         """Return how good a finished cell's model is on the test split. Nothing else reads that split."""
         folder = self.root / row["folder"]
         if not (folder / TEST).exists():
-            write_json(folder / TEST, self._evaluate(self._load(folder), "test"))
+            write_json(folder / TEST, self._evaluate(self.model(row), "test"))
         return _read(folder / TEST)
+
+    def model(self, row: Row) -> nn.Module:
+        """Return a finished cell's model."""
+        folder, model = self.root / row["folder"], self._build()
+        if folder == self.folder / DENSE:
+            model.load_state_dict(read_state(folder / WEIGHTS))
+            return model
+        return load(folder, model)
 
     def course(self, place: Place) -> list[dict[str, float]]:
         """Return the recorded steps of a finished search; none where the model did not train meanwhile."""
@@ -209,8 +220,9 @@ class Cells:
     def _dense_state(self) -> dict[str, Any]:
         """Return the trained dense model with its optimizer; train it anew where a finished run has cleared that away."""
         path = best_path(self._checkpoint(self.folder / DENSE, DENSE))
-        if not path.exists():
-            self._train_dense()
+        with locked(self.folder / DENSE):
+            if not path.exists():
+                self._train_dense()
         state: dict[str, Any] = read_state(path)
         return state
 
@@ -224,9 +236,10 @@ class Cells:
         course = Course()
         session.register(course)
         stage = self._stage("search", model, optimizer, folder, title, session=session, observers={"course": course})
-        converge(stage, self.watcher)
-        if not (folder / COURSE).exists():
-            write_json(folder / COURSE, course.rows)
+        with nullcontext() if config.searches_within_budget else locked(folder):
+            converge(stage, self.watcher)
+            if not (folder / COURSE).exists():
+                write_json(folder / COURSE, course.rows)
         return _course_of(stage)
 
     # What they are made of.
@@ -294,13 +307,6 @@ class Cells:
 
     def _checkpoint(self, folder: Path, stage: str) -> Path:
         return folder / CHECKPOINTS / f"{stage}.safetensors"
-
-    def _load(self, folder: Path) -> nn.Module:
-        model = self._build()
-        if folder == self.folder / DENSE:
-            model.load_state_dict(read_state(folder / WEIGHTS))
-            return model
-        return load(folder, model)
 
     def _evaluate(self, model: nn.Module, split: Split) -> Score:
         return evaluate(model, self.data.batches(split, self._train.batch_size), self.data.schema.task)

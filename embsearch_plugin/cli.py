@@ -1,4 +1,4 @@
-"""The command line: ``embsearch run``, ``apply``, ``report``, ``bench``, ``list``, ``doctor``."""
+"""The command line: ``embsearch run``, ``study``, ``apply``, ``report``, ``bench``, ``list``, ``doctor``."""
 
 import sys
 from pathlib import Path
@@ -65,6 +65,47 @@ def _new_folder(name: str) -> Path:
 
 
 @main.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--trials", type=click.IntRange(min=0), default=0, help="How many the study is to have. Default: no more.")
+@click.option("--out", type=click.Path(path_type=Path), help="Run folder. Default: runs/ and the recipe's name.")
+@click.option("--best", type=click.Path(path_type=Path), help="Write the plan of the suggested trial to this file.")
+@click.option("--trial", type=int, help="With --best: write the plan of this trial.")
+def study(
+    recipe: Path, overrides: tuple[str, ...], trials: int, out: Path | None, best: Path | None, trial: int | None
+) -> None:
+    """Let Optuna vary what the section study of RECIPE names.
+
+    The same command joins a study that runs, and goes on with one that was stopped.
+    """
+    stack.require()
+    import optuna
+    from rich.console import Console
+
+    from embsearch_plugin.progress import ProgressWatcher
+    from embsearch_plugin.recipes import load_recipe
+    from embsearch_plugin.report.study import cost, sentences
+    from embsearch_plugin.study.best import write_plan
+    from embsearch_plugin.study.conduct import Conductor
+
+    if trial is not None and best is None:
+        raise click.UsageError("--trial needs --best, the file to write the plan to.")
+    loaded, folder, console = load_recipe(recipe, overrides), out or Path("runs") / recipe.stem, Console()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # results are shown here
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    with ProgressWatcher(console) as watcher:
+        found = Conductor(loaded, folder, watcher, say).run(trials)
+    say(" ".join([*sentences(found), cost(found)]))
+    say(f"written to {folder}: report.html, study.json, and under models/ every plan and model")
+    if best is not None:
+        written_by = write_plan(folder, found, best, trial)
+        say(f"written: {best}. To see it: embsearch apply {best} {written_by}")
+
+
+@main.command()
 @click.argument("plan", type=click.Path(path_type=Path))
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
@@ -88,13 +129,16 @@ def apply(plan: Path, recipe: Path, overrides: tuple[str, ...]) -> None:
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--markdown", is_flag=True, help="Write no page: print the headline, and the results as a Markdown table.")
 def report(folder: Path, markdown: bool) -> None:
-    """Write FOLDER/report.html anew from its metrics.json and its plans."""
+    """Write FOLDER/report.html anew from its metrics.json and its plans; of a study, from its study.json."""
     from embsearch_plugin.report.headline import headline
     from embsearch_plugin.report.inputs import Metrics, read
     from embsearch_plugin.report.page import write_report
+    from embsearch_plugin.report.study import write_study_report
     from embsearch_plugin.report.text import results_markdown
 
-    if markdown:
+    if (folder / "study.json").exists():
+        click.echo(f"written: {write_study_report(folder)}")
+    elif markdown:
         metrics = read(folder / "metrics.json", Metrics)
         click.echo(f"{headline(metrics)}\n\n{results_markdown(metrics)}")
     else:

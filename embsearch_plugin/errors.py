@@ -76,6 +76,10 @@ class RecipeError(EmbsearchError):
     """A recipe cannot be read; all its problems are listed at once."""
 
 
+class StudyError(EmbsearchError):
+    """A study cannot be opened or go on: its storage, its sampler, or what it was begun with."""
+
+
 class DataError(EmbsearchError):
     """A data file is missing or malformed; file, line and column are named."""
 

@@ -1,5 +1,6 @@
-"""Writing files so that a run killed at any moment leaves the former file or the new one, never half of one."""
+"""Writing files so that a run killed at any moment leaves the former file or the new one, never half of one; and locks."""
 
+import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -34,6 +35,35 @@ def atomic(path: Path) -> Iterator[Path]:
 def _flush(path: Path) -> None:
     with path.open("rb+") as file:
         os.fsync(file.fileno())
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder, which is made if need be; wait while one of them is in.
+
+    The system lets go when the process ends, however it does, and nothing is left behind.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process is in a folder by :func:`locked`."""
+    if not folder.exists():
+        return False
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
 
 
 def write_text(path: Path, text: str) -> None:

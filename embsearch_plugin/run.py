@@ -176,14 +176,7 @@ class Matrix:
 
     @cached_property
     def _frequencies(self) -> dict[str, Tensor]:
-        """How often each row occurs in the training split, by table: one pass over it."""
-        counts = {table: torch.zeros(table.rows, dtype=torch.int64) for table in self._tables}
-        for batch in self.data.batches("train", self.recipe.train.batch_size):
-            bags = batch.sparse_features.to_dict()
-            for table in counts:
-                for feature in table.features:
-                    counts[table] += torch.bincount(bags[feature].values(), minlength=table.rows)
-        return {str(table): count for table, count in counts.items()}
+        return row_frequencies(self.data, self._tables, self.recipe.train.batch_size)
 
     @property
     def _trials(self) -> range:
@@ -224,6 +217,17 @@ class Matrix:
         return math.inf if loss is None else loss
 
 
+def row_frequencies(data: Dataset, tables: list[Table], batch_size: int) -> dict[str, Tensor]:
+    """Count how often each row occurs in the training split, by table: one pass over it."""
+    counts = {table: torch.zeros(table.rows, dtype=torch.int64) for table in tables}
+    for batch in data.batches("train", batch_size):
+        bags = batch.sparse_features.to_dict()
+        for table in counts:
+            for feature in table.features:
+                counts[table] += torch.bincount(bags[feature].values(), minlength=table.rows)
+    return {str(table): count for table, count in counts.items()}
+
+
 def _told_apart(allocation: AlgorithmConfig, method: AlgorithmConfig) -> str:
     """Name an allocation by what is not the method's own: another algorithm, other settings. The method itself has no name."""
     other = [allocation.name] if allocation.name != method.name else []
@@ -244,14 +248,15 @@ def check_folder(recipe: Recipe, folder: Path, resume: bool) -> None:
             f"the run folder {folder} exists already and is not empty; nothing in it was touched.\n  Possible solutions: "
             "1) --resume, to go on with a run that was stopped  2) another --out  3) remove the folder."
         )
-    if resume and (differing := _differing(written.read_text(encoding="utf-8"), to_yaml(recipe))):
+    if resume and (difference := differing(written.read_text(encoding="utf-8"), to_yaml(recipe))):
         raise RunFolderError(
             f"{folder} holds a run of another recipe or other overrides, so it cannot be resumed with this one; there "
-            f"and here: {differing}.\n  Possible solution: give the same recipe and overrides, or another --out."
+            f"and here: {difference}.\n  Possible solution: give the same recipe and overrides, or another --out."
         )
 
 
-def _differing(there: str, here: str) -> str:
+def differing(there: str, here: str) -> str:
+    """Return the first lines in which two texts differ, with - and + before them; empty where they do not."""
     lines = [line for line in ndiff(there.splitlines(), here.splitlines()) if line[:1] in "+-"]
     return "; ".join(" ".join(line.split()) for line in lines[:6])
 

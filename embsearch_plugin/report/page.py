@@ -42,7 +42,7 @@ def searched(metrics: Metrics) -> list[Result]:
 def render(metrics: Metrics, plans: Mapping[str, Plan]) -> str:
     """Return the page as HTML; ``plans`` are those of the recipe's algorithm, by the text of the budget."""
     models = _curves(metrics)
-    return _template().render(
+    return template("report.html").render(
         sentences=sentences(metrics),
         metrics=metrics,
         columns=columns(metrics),
@@ -90,7 +90,8 @@ def _renamed(cell: Cell, taken: Mapping[str, Rows]) -> dict[str, Rows]:
     }
 
 
-def _template() -> Template:
+def template(name: str) -> Template:
+    """Return a template of this package, with the filters and the functions that pages use."""
     environment = Environment(
         loader=PackageLoader("embsearch_plugin", "report"),
         autoescape=True,
@@ -100,4 +101,4 @@ def _template() -> Template:
     )
     environment.filters |= {"bytes": human_bytes, "dim": dim_text}
     environment.globals |= {"percent": percent}
-    return environment.get_template("report.html")
+    return environment.get_template(name)

@@ -42,7 +42,7 @@ class Parameter:
         if self.kind == "choice" and self.key == BUDGETS:
             return [to_plain(value)]
         if self.kind == "share":
-            return [f"{value:.6g}%" if is_number(value) else value]
+            return [f"{value:.4g}%" if is_number(value) else value]
         if self.kind == "amount":
             unit = " params" if Budget.of(self.limits[0]).params else ""
             return [f"{value}{unit}" if is_number(value) else value]

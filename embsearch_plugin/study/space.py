@@ -47,6 +47,7 @@ def suggest(trial: optuna.trial.BaseTrial, recipe: Recipe) -> Recipe:
 
 def prune(trial: optuna.trial.BaseTrial, reason: str, cause: Exception | None = None) -> None:
     """End a trial as pruned, and keep the reason with it."""
+    reason = " ".join(reason.split())
     trial.set_user_attr(REASON, reason)
     raise optuna.TrialPruned(reason) from cause
 
