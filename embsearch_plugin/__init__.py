@@ -12,6 +12,7 @@ from embsearch_plugin import stack
 if TYPE_CHECKING:
     from embsearch_plugin.algorithms.autodim import AutoDim
     from embsearch_plugin.algorithms.dnis import Dnis
+    from embsearch_plugin.algorithms.given import Given
     from embsearch_plugin.algorithms.grid import Grid
     from embsearch_plugin.algorithms.magnitude import Magnitude
     from embsearch_plugin.algorithms.mde import Mde
@@ -36,6 +37,7 @@ _HOMES = {
     "Budget": "budget",
     "Dnis": "algorithms.dnis",
     "EmbsearchError": "errors",
+    "Given": "algorithms.given",
     "Grid": "algorithms.grid",
     "Magnitude": "algorithms.magnitude",
     "Mde": "algorithms.mde",
@@ -63,6 +65,7 @@ __all__ = [
     "Budget",
     "Dnis",
     "EmbsearchError",
+    "Given",
     "Grid",
     "Magnitude",
     "Mde",

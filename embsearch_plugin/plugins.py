@@ -18,6 +18,7 @@ from embsearch_plugin.supernet.forms import Form
 BUILTIN = (
     "embsearch_plugin.algorithms.autodim",
     "embsearch_plugin.algorithms.dnis",
+    "embsearch_plugin.algorithms.given",
     "embsearch_plugin.algorithms.grid",
     "embsearch_plugin.algorithms.magnitude",
     "embsearch_plugin.algorithms.mde",

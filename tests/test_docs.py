@@ -2,12 +2,15 @@
 
 import inspect
 import re
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
 
 import embsearch_plugin as es
 from embsearch_plugin.hookspecs import GlobalHooks, SessionHooks
+from embsearch_plugin.recipe_fields import _section, described_fields, markdown
+from embsearch_plugin.study.config import Study
 
 DOCS = Path(__file__).parents[1] / "docs"
 HOOKS = {
@@ -54,3 +57,22 @@ def test_every_public_name_has_a_docstring(name: str) -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
         assert "://" in target or (page.parent / target).exists(), target
+
+
+def test_the_page_of_recipe_fields_is_what_the_code_says() -> None:
+    assert (DOCS / "recipes.md").read_text(encoding="utf-8") == markdown(), (
+        "python -m embsearch_plugin.recipe_fields > docs/recipes.md"
+    )
+
+
+def test_a_field_that_no_docstring_describes_cannot_be_documented() -> None:
+    assert set(described_fields(Study)) >= {field.name for field in fields(Study)}
+    with pytest.raises(KeyError):
+        _section("x", "", Undescribed)
+
+
+@dataclass(frozen=True)
+class Undescribed:
+    """Args: none."""
+
+    name: int = 0

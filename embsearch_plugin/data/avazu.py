@@ -37,6 +37,13 @@ class Avazu:
 
     ``balanced`` keeps all clicks and draws, at random, as many of the others, as the paper does: half of the examples are then
     positive, in each split nearly so. ``seed`` decides on that and on the split, which is random.
+
+    Args:
+        path: the train file.
+        split: fractions for training, validation and test.
+        seed: of the split, and of the balance.
+        min_count: values that occur less often share an id.
+        balanced: as many examples that were not clicked as were.
     """
 
     name: ClassVar[str] = "avazu"

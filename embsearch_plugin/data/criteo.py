@@ -38,6 +38,10 @@ class Criteo:
     Of each ten lines the ninth is for validation, the tenth for test and the others for training; so every split can be
     read at once, without a pass over the file first. With a seed, the examples of each chunk of 65,536 lines are
     shuffled among themselves; the chunks keep their order.
+
+    Args:
+        path: one file of the log.
+        rows: ids of each field.
     """
 
     name: ClassVar[str] = "criteo"

@@ -38,6 +38,11 @@ class KkBox:
 
     The records, which have no time, are split at random, as ``seed`` decides: 20 % are for testing, and 10 % of the others for
     validation, as in the paper.
+
+    Args:
+        path: the folder of the files.
+        split: fractions for training, validation and test.
+        seed: of the split.
     """
 
     name: ClassVar[str] = "kkbox"

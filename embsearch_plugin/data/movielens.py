@@ -71,6 +71,13 @@ class MovieLens1M:
     The ratings are split into the fractions ``split``: at ``random``, as ``seed`` decides, or by ``time``, so that a model is
     validated and tested on what came after its training split. For top-k the test split is given, and ``split[1]`` is the
     share of the other ratings, at random, that is for validation.
+
+    Args:
+        path: the folder of the files.
+        split: fractions for training, validation and test.
+        split_by: at random, or by time.
+        seed: of a random split.
+        task: what is asked.
     """
 
     name: ClassVar[str] = "movielens-1m"

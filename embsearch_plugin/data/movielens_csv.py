@@ -39,6 +39,14 @@ class MovieLensCsv:
 
     The ratings are split into the fractions ``split``: by ``time``, so that a model is validated and tested on what came
     after its training split, or at ``random``, as ``seed`` decides.
+
+    Args:
+        path: the folder of the files.
+        split: fractions for training, validation and test.
+        split_by: by time, or at random.
+        seed: of a random split.
+        threshold: the least stars of a like.
+        min_count: users and movies that occur less often share an id.
     """
 
     name: ClassVar[str] = "movielens-csv"

@@ -108,6 +108,16 @@ class Planted:
     ``rows`` and ``ranks`` are dealt to the fields in turn, starting again when used up. ``zipf`` is the exponent of the
     ids' frequencies, ``signal`` the standard deviation of the logits. The best possible AUC is about .84; a DLRM of
     dim 8 reaches .80 in six epochs. Larger tables need more examples, about 2,000 per row.
+
+    Args:
+        examples: how many, of all splits.
+        fields: categorical ones.
+        n_dense: numbers.
+        rows: of the fields' tables, dealt in turn.
+        ranks: the fields' latent ranks, dealt in turn.
+        zipf: exponent of the ids' frequencies.
+        signal: standard deviation of the logits.
+        seed: of all that is drawn.
     """
 
     name: ClassVar[str] = "planted"

@@ -1,6 +1,7 @@
 """Where a study is kept: Optuna's storages by URL, and what becomes of the trials of workers that were killed."""
 
 import re
+import shutil
 import socket
 import warnings
 from collections.abc import Iterator
@@ -115,6 +116,7 @@ def retry_lost(study: optuna.Study, folder: Path, *, own: bool) -> list[int]:
     for trial in lost:
         study.tell(trial.number, state=TrialState.FAIL)
         retry(study, trial)
+        shutil.rmtree(folder / RUNNING / str(trial.number), ignore_errors=True)
     return [trial.number for trial in lost]
 
 

@@ -9,7 +9,7 @@ from support import PLAIN, WORLDS, relative_error, searched, stored_bytes, train
 import embsearch_plugin as es
 from embsearch_plugin.algorithms.uniform import largest_dim
 from embsearch_plugin.collection import Table
-from embsearch_plugin.errors import BudgetError
+from embsearch_plugin.errors import BudgetError, SpaceError
 
 
 @given(
@@ -47,6 +47,29 @@ def test_a_uniform_search_trains_the_first_columns_and_no_others() -> None:
 def test_uniform_dims_of_unequal_tables_end_at_their_width() -> None:
     _, session, _ = searched(WORLDS["unequal dims"], algorithm=es.Uniform(dim=8), budget="90%")
     assert [table.width for table in session.derive().tables] == [8, 8, 4]
+
+
+def test_given_dims_are_those_that_are_given() -> None:
+    _, session, _ = searched(WORLDS["unequal dims"], algorithm=es.Given(dims={"t0": 4, "t1": 0}), budget="90%")
+    names = [spec.name for spec in session.specs]
+    assert [table.width for table in session.derive().tables] == [
+        {"t0": 4, "t1": 0}.get(n, s.dim) for n, s in zip(names, session.specs, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("dims", "budget", "error", "message"),
+    [
+        ({"t0": 8}, "10%", BudgetError, "the given dims do not fit 10%: they need"),
+        ({"t9": 8}, "100%", SpaceError, "there is no 't9'. Did you mean"),
+        ({"t0": 3}, "100%", SpaceError, "multiples of align=4"),
+    ],
+)
+def test_given_dims_that_cannot_be(dims: dict[str, int], budget: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        searched(PLAIN, algorithm=es.Given(dims=dims), budget=budget)
+    with pytest.raises(ValueError, match="dims must be at least 0"):
+        es.Given(dims={"t0": -1})
 
 
 @pytest.mark.parametrize("fine", [False, True])

@@ -13,9 +13,13 @@ from click.testing import CliRunner
 import embsearch_plugin as es
 from embsearch_plugin import cells
 from embsearch_plugin.cli import main
+from embsearch_plugin.data import movielens
 from embsearch_plugin.errors import RecipeError, RunFolderError, StudyError
 from embsearch_plugin.recipes import load_recipe, to_yaml
+from embsearch_plugin.study import compare
 from study.conftest import BUDGETS, RANDOM, Conduct, Seen, small
+
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 def states(found: dict[str, Any]) -> list[str]:
@@ -228,3 +232,32 @@ def test_what_optuna_does_not_have(study: dict[str, Any], message: str, conduct:
 def test_no_trial_at_all_says_how_to_get_one(conduct: Conduct) -> None:
     with pytest.raises(StudyError, match="There was none.\n.*--trials N"):
         conduct(small({"fields": BUDGETS, "sampler": RANDOM}))
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("study_*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_of_a_study_runs_in_a_small_form(recipe: Path, tmp_path: Path) -> None:
+    overrides = ["train.batch_size=256", "train.epochs=1", "search.baselines=[uniform]"]
+    if "ml1m" in recipe.stem:
+        movielens.write_sample(tmp_path / "data")
+        overrides += [f"data.path={tmp_path / 'data'}"]
+    else:
+        overrides += ["data.examples=2000", "data.fields=6"]
+    if "layout" in recipe.stem:
+        overrides += ["study.fields.dnis.warm_up=[2]"]
+    result = CliRunner().invoke(main, ["study", str(recipe), *overrides, "--trials", "2", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_studies_are_compared_by_one_command(tmp_path: Path) -> None:
+    for name, fields in (("ours", BUDGETS), ("theirs", {"given.dims.t_0": {"low": 0, "high": 8}})):
+        algorithm = {"name": "magnitude"} if name == "ours" else {"name": "given"}
+        recipe = small({"fields": fields, "sampler": "RandomSampler"}, search={"algorithm": algorithm, "space": {"align": 1}})
+        (tmp_path / f"{name}.yaml").write_text(to_yaml(recipe))
+    recipes = [str(tmp_path / f"{name}.yaml") for name in ("ours", "theirs")]
+    command = [*recipes, "search.budgets=[100%]", "--plain-runs", "3", "--seeds", "0", "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(compare.main, command)
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "out" / "compare.json").read_text())["seeds"][0]
+    assert found["seed"] == 0 and len(found["fronts"]) == 2
+    assert "Hypervolume, first to second" in result.output

@@ -1,0 +1,95 @@
+"""Given: one dim for each table, as it is told. No search at all: what a plain hyperparameter search tunes, as a baseline.
+
+A study may vary the dims themselves, one parameter per table (``given.dims.t_user``), and no algorithm takes part.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+from embsearch_plugin.algorithms.base import AlgorithmConfig
+from embsearch_plugin.algorithms.parts.fixed import Dims, FixedAllocation
+from embsearch_plugin.algorithms.uniform import largest_dim, same_dim
+from embsearch_plugin.budget import Budget, human_bytes
+from embsearch_plugin.errors import BudgetError, SpaceError, did_you_mean
+from embsearch_plugin.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from embsearch_plugin.search.session import Session
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given(AlgorithmConfig):
+    """Settings of given dims.
+
+    Args:
+        dims: the dim of each table, by its name; 0 leaves it out, and one that is not named keeps its own. What is wider than
+            its table is as wide as that. With none, the largest uniform dim that fits.
+    """
+
+    name: ClassVar[str] = "given"
+    warm_up: int = 0
+    dims: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if any(dim < 0 for dim in self.dims.values()):
+            raise ValueError(f"dims must be at least 0; got {dict(self.dims)}")
+
+    @property
+    def trains(self) -> bool:
+        """Sizes are known before any training."""
+        return False
+
+    @property
+    def cuts_rows(self) -> bool:
+        """A dim is a whole table's."""
+        return False
+
+    @property
+    def cuts_columns(self) -> bool:
+        """Dims are as they are given."""
+        return False
+
+    def build(self) -> "GivenDims":
+        """Return the algorithm of one session."""
+        return GivenDims(self)
+
+
+class GivenDims(FixedAllocation):
+    """Given dims in one session."""
+
+    def __init__(self, config: Given) -> None:
+        self.config = config
+
+    def dims(self, session: "Session", budget: Budget) -> Dims:
+        """Return the dims as they are given.
+
+        Raises:
+            SpaceError: where a table does not exist, or a dim is no multiple of the space's ``align``.
+            BudgetError: where the budget does not hold them.
+        """
+        if not self.config.dims:
+            return same_dim(session.tables, largest_dim(session.specs, budget, session.space.align))
+        chosen = self._widths(session)
+        weights = sum(spec.rows * dim for spec, dim in zip(session.specs, chosen, strict=True))
+        size = sum(spec.rows * dim * spec.dtype.itemsize for spec, dim in zip(session.specs, chosen, strict=True))
+        if (size if budget.unit == "bytes" else weights) > budget.limit(session.original_bytes):
+            raise BudgetError(f"the given dims do not fit {budget}: they need {human_bytes(size)}, {weights:,} parameters.")
+        return [(dim,) * len(table.blocks.sizes) for dim, table in zip(chosen, session.tables, strict=True)]
+
+    def _widths(self, session: "Session") -> list[int]:
+        names, align, given = [spec.name for spec in session.specs], session.space.align, self.config.dims
+        unknown = next((name for name in given if name not in names), None)
+        if unknown is not None:
+            raise SpaceError(f"dims must be of tables of the model; there is no {unknown!r}.{did_you_mean(unknown, names)}")
+        chosen = [min(given.get(spec.name, spec.dim), spec.dim) for spec in session.specs]
+        if any(dim % align and dim != spec.dim for dim, spec in zip(chosen, session.specs, strict=True)):
+            raise SpaceError(f"dims must be multiples of align={align}; got {dict(given)}.")
+        return chosen
+
+
+@hookimpl
+def embsearch_register_algorithms() -> Sequence[type[AlgorithmConfig]]:
+    """Register given dims."""
+    return [Given]

@@ -1,0 +1,133 @@
+"""Two studies at equal training compute: their fronts on the test split, over several seeds.
+
+    python -m embsearch_plugin.study.compare recipes/study_ml1m_dlrm.yaml recipes/study_ml1m_dlrm_per_table.yaml \
+        --plain-runs 30 --seeds 0,1,2 --out runs/compare data.path=ml-1m
+
+Each study ends once the dense model and its trials have taken so many plain training runs. Both have two objectives, a metric
+and bytes. The front is chosen on the validation split; then the test split is read, once for each model on it.
+"""
+
+import statistics
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from embsearch_plugin import stack
+from embsearch_plugin.budget import human_bytes
+from embsearch_plugin.cells import DENSE_MODEL
+from embsearch_plugin.errors import StudyError
+from embsearch_plugin.files import write_json
+from embsearch_plugin.progress import ProgressWatcher
+from embsearch_plugin.recipes import Recipe, load_recipe
+from embsearch_plugin.study.conduct import Conductor
+from embsearch_plugin.study.config import BYTES
+from embsearch_plugin.study.front import hypervolume
+from embsearch_plugin.study.parameters import study_of
+from embsearch_plugin.study.trial import objectives_of
+from embsearch_plugin.study.workshop import Workshop
+from embsearch_plugin.tasks import Metric
+from embsearch_plugin.training import Watcher
+
+ENDLESS = 1_000_000  # trials; compute ends a study before
+CLOSE = 0.001
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A study's front on the test split.
+
+    Args:
+        points: (metric, bytes) of each model on it; the metric negative where less of it is better.
+        dense: the dense model's.
+        trials: how many it had.
+    """
+
+    points: list[tuple[float, float]]
+    dense: tuple[float, float]
+    trials: int
+
+    @property
+    def bytes_needed(self) -> float | None:
+        """The fewest bytes within 0.001 of the dense model's metric; None where no model is."""
+        return min((size for quality, size in self.points if quality >= self.dense[0] - CLOSE), default=None)
+
+
+def outcome(recipe: Recipe, folder: Path, plain_runs: float, watcher: Watcher) -> Outcome:
+    """Conduct a study, and test its front.
+
+    Raises:
+        StudyError: where its objectives are not a metric and bytes.
+    """
+    if len(study_of(recipe).objectives) != 2 or study_of(recipe).objectives[1] != BYTES:
+        raise StudyError(f"the objectives must be a metric and bytes; got {list(study_of(recipe).objectives)}.")
+    content = Conductor(recipe, folder, watcher).run(ENDLESS, plain_runs)
+    workshop = Workshop(recipe.data.load(), folder)
+    metric = objectives_of(recipe, workshop.data.schema.task)[0]
+    best = [trial for trial in content["trials"] if trial["front"]]
+    points = [(_quality(metric, workshop.test(trial["cell"])), trial["values"][1]) for trial in best]
+    dense = workshop.cells(recipe, recipe.seeds[0], Watcher())
+    row = dense.get(DENSE_MODEL)
+    return Outcome(points, (_quality(metric, dense.test(row)), row["bytes"]), len(content["trials"]))
+
+
+def _quality(metric: Metric, score: Any) -> float:
+    value = metric.of(score)
+    if value is None:
+        raise StudyError(f"the test {metric.name} of a model is undefined.")
+    return metric.sign * value
+
+
+def compared(ours: Outcome, theirs: Outcome) -> dict[str, Any]:
+    """Return both hypervolumes, their ratio, and the bytes each needs to be as good as the dense model.
+
+    The corner of the worst is the dense model's bytes, and the worst metric on either front.
+    """
+    reference = (min(quality for quality, _ in ours.points + theirs.points), ours.dense[1])
+    volumes = [hypervolume(each.points, reference) for each in (ours, theirs)]
+    return {
+        "hypervolumes": volumes,
+        "ratio": volumes[0] / volumes[1] if volumes[1] else None,
+        "bytes_needed": [each.bytes_needed for each in (ours, theirs)],
+        "trials": [each.trials for each in (ours, theirs)],
+        "fronts": [sorted(each.points, key=lambda point: point[1]) for each in (ours, theirs)],
+        "dense": ours.dense,
+    }
+
+
+def summary(found: list[dict[str, Any]]) -> str:
+    """Return what came out over seeds, in a sentence or two."""
+    ratios = [each["ratio"] for each in found if each["ratio"] is not None]
+    spread = f" ± {statistics.stdev(ratios):.3f}" if len(ratios) > 1 else ""
+    ratio = f"{statistics.fmean(ratios):.3f}{spread}" if ratios else "undefined"
+    needed = [
+        " and ".join(human_bytes(int(size)) if size else "more than any" for size in each["bytes_needed"]) for each in found
+    ]
+    return f"Hypervolume, first to second: {ratio}. Bytes to be within {CLOSE} of the dense model: {'; '.join(needed)}."
+
+
+@click.command(help="Conduct the studies of two recipes at equal training compute, and compare their fronts.")
+@click.argument("recipes", nargs=2, type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--plain-runs", type=float, required=True, help="How many plain training runs each study may take.")
+@click.option("--seeds", default="0,1,2", show_default=True, help="One study of each recipe per seed.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/compare"), show_default=True)
+def main(recipes: tuple[Path, Path], overrides: tuple[str, ...], plain_runs: float, seeds: str, out: Path) -> None:
+    """Compare two studies; what was finished before is not done again."""
+    stack.require()
+    console, found = Console(), []
+    with ProgressWatcher(console) as watcher:
+        for seed in map(int, seeds.split(",")):
+            both = [
+                outcome(replace(load_recipe(path, overrides), seeds=(seed,)), out / f"{path.stem}-{seed}", plain_runs, watcher)
+                for path in recipes
+            ]
+            found.append({"seed": seed, **compared(*both)})
+            write_json(out / "compare.json", {"recipes": [str(path) for path in recipes], "seeds": found})
+    console.print(summary(found), highlight=False, markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
