@@ -102,7 +102,7 @@ def _row(cls: type, field: Field[Any], text: str) -> str:
 
 def _default(field: Field[Any]) -> str:
     value = field.default_factory() if field.default_factory is not MISSING else field.default
-    if is_dataclass(value):
+    if is_dataclass(value) and not isinstance(value, Range):
         return "its defaults"
     if isinstance(value, tuple) and all(isinstance(each, AlgorithmConfig) for each in value) and value:
         value = tuple(each.name for each in value)

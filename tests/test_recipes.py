@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from embsearch_plugin.errors import RecipeError
-from embsearch_plugin.recipes import Tune, load_recipe, parse_recipe, to_plain, to_yaml
+from embsearch_plugin.plugins import algorithms
+from embsearch_plugin.recipes import Train, Tune, load_recipe, parse_recipe, to_plain, to_yaml
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 MINIMAL = {"data": "planted", "model": "dlrm", "search": {"algorithm": "dnis"}}
@@ -144,3 +145,32 @@ def test_numbers_that_yaml_takes_for_text_are_numbers() -> None:
     assert recipe.tune.l2 == (5e-4, 1.0)
     with pytest.raises(RecipeError, match="expected float, got '1e'"):
         load_recipe(RECIPES[0], ["train.lr='1e'"])
+
+
+def test_a_recipe_that_extends_another_says_only_what_differs(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(
+        "data: planted\nmodel: {name: dlrm, embedding_dim: 16}\ntune: {lr: [0.1]}\ntrain: {lr: 0.5, epochs: 7}\n"
+        "search: {algorithm: {name: dnis, every: 2}, budgets: [5%]}\n"
+    )
+    (tmp_path / "middle.yaml").write_text("extends: base.yaml\nmodel: {embedding_dim: 8}\ntune: null\n")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "last.yaml").write_text("extends: ../middle.yaml\nsearch: {algorithm: {name: nis}}\ntrain: {lr: null}\n")
+    recipe = load_recipe(tmp_path / "in" / "last.yaml", ["train.epochs=3"])
+    assert (recipe.model.name, recipe.model.embedding_dim, recipe.search.budgets) == ("dlrm", 8, ("5%",))
+    assert (recipe.train.epochs, recipe.train.lr) == (3, Train().lr)
+    assert recipe.search.algorithm == algorithms()["nis"]()  # settings of another algorithm are not merged
+    assert recipe.tune == Tune()
+
+
+@pytest.mark.parametrize(
+    ("extends", "message"),
+    [
+        ("a.yaml", "a.yaml extends itself, by way of a.yaml"),
+        ("3", "extends must be the path of a recipe; got 3"),
+        ("b.yaml", "cannot read the recipe .*b.yaml"),
+    ],
+)
+def test_a_recipe_that_cannot_be_extended(extends: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(f"extends: {extends}\nmodel: dlrm\n")
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(tmp_path / "a.yaml")

@@ -7,6 +7,7 @@ Each study ends once the dense model and its trials have taken so many plain tra
 and bytes. The front is chosen on the validation split; then the test split is read, once for each model on it.
 """
 
+import math
 import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from embsearch_plugin.study.workshop import Workshop
 from embsearch_plugin.tasks import Metric
 from embsearch_plugin.training import Watcher
 
-ENDLESS = 1_000_000  # trials; compute ends a study before
+MOST = 50  # trials per plain training run: in a small space those that were made before cost nothing, and would never end
 CLOSE = 0.001
 
 
@@ -63,7 +64,7 @@ def outcome(recipe: Recipe, folder: Path, plain_runs: float, watcher: Watcher) -
     """
     if len(study_of(recipe).objectives) != 2 or study_of(recipe).objectives[1] != BYTES:
         raise StudyError(f"the objectives must be a metric and bytes; got {list(study_of(recipe).objectives)}.")
-    content = Conductor(recipe, folder, watcher).run(ENDLESS, plain_runs)
+    content = Conductor(recipe, folder, watcher).run(math.ceil(MOST * plain_runs), plain_runs)
     workshop = Workshop(recipe.data.load(), folder)
     metric = objectives_of(recipe, workshop.data.schema.task)[0]
     best = [trial for trial in content["trials"] if trial["front"]]

@@ -250,12 +250,12 @@ def test_every_recipe_of_a_study_runs_in_a_small_form(recipe: Path, tmp_path: Pa
 
 
 def test_studies_are_compared_by_one_command(tmp_path: Path) -> None:
-    for name, fields in (("ours", BUDGETS), ("theirs", {"given.dims.t_0": {"low": 0, "high": 8}})):
+    for name, fields in (("ours", BUDGETS), ("theirs", {"given.dims.t_0": {"low": 0, "high": 8}, "train.l2": None})):
         algorithm = {"name": "magnitude"} if name == "ours" else {"name": "given"}
         recipe = small({"fields": fields, "sampler": "RandomSampler"}, search={"algorithm": algorithm, "space": {"align": 1}})
         (tmp_path / f"{name}.yaml").write_text(to_yaml(recipe))
     recipes = [str(tmp_path / f"{name}.yaml") for name in ("ours", "theirs")]
-    command = [*recipes, "search.budgets=[100%]", "--plain-runs", "3", "--seeds", "0", "--out", str(tmp_path / "out")]
+    command = [*recipes, "search.budgets=[100%]", "--plain-runs", "2", "--seeds", "0", "--out", str(tmp_path / "out")]
     result = CliRunner().invoke(compare.main, command)
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "out" / "compare.json").read_text())["seeds"][0]

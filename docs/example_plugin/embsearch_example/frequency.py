@@ -14,6 +14,7 @@ import embsearch_plugin as es
 from embsearch_plugin.algorithms.base import AlgorithmConfig
 from embsearch_plugin.budget import Option, TableOptions, allocate
 from embsearch_plugin.plan import TablePlan, remap_bytes
+from embsearch_plugin.ranges import Range, Ranges
 from embsearch_plugin.search.tables import SearchTable
 
 
@@ -26,6 +27,7 @@ class Frequency(AlgorithmConfig):
     """
 
     name: ClassVar[str] = "frequency"
+    ranges: ClassVar[Ranges] = {"power": Range(0.1, 1.0)}
     power: float = 0.5
 
     def build(self) -> "FrequencySearch":
