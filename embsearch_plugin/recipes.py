@@ -27,6 +27,7 @@ from embsearch_plugin.ranges import Range, Ranges
 from embsearch_plugin.space import SearchSpace
 from embsearch_plugin.study.config import Study
 
+VARIED = ["study", "fields"]
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adam": Adam, "adagrad": Adagrad, "sgd": SGD}
 
 
@@ -288,6 +289,8 @@ def put(content: dict[str, Any], key: str, value: Any) -> None:
         RecipeError: where the key leads into something that holds no fields.
     """
     *parents, last = key.split(".")
+    if parents[:2] == VARIED:  # names of fields, which have dots themselves
+        parents, last = VARIED, key.split(".", 2)[2]
     for parent in parents:
         inner = content.setdefault(parent, {})
         if inner is None:

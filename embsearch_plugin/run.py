@@ -119,8 +119,7 @@ class Matrix:
         """
         for config in self.recipe.search.methods.values():
             space = config.space(self.recipe.search.space)
-            for table in self._tables:
-                space.of(table).dims(table.dim)
+            space.check(self._tables)
             if self.recipe.train.fused:
                 check_fused_widths(self._tables, space)
         for split in get_args(Split):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from embsearch_plugin.collection import Table
-from embsearch_plugin.errors import SpaceError
+from embsearch_plugin.errors import SpaceError, did_you_mean
 
 # From the rare rows on, each block holds half of the rows that are left, so that the few rows which fill most of a
 # zipf-distributed log are told apart.
@@ -90,6 +90,21 @@ class SearchSpace:
         """Return how a table is cut: as its group says, where it is in one."""
         group = next((group for group in self.groups if group.holds(table)), None)
         return self if group is None else self._within(group)
+
+    def check(self, tables: Sequence[Table]) -> None:
+        """Make sure that every pattern of every group is that of a table, and that columns can be cut as they are to be.
+
+        Raises:
+            SpaceError: where one is not, or columns cannot be.
+        """
+        for pattern in (pattern for group in self.groups for pattern in group.tables):
+            if not any(TableGroup((pattern,)).holds(table) for table in tables):
+                names = [table.name for table in tables]
+                raise SpaceError(
+                    f"groups must be of tables of the model; none is called {pattern!r}.{did_you_mean(pattern, names)}"
+                )
+        for table in tables:
+            self.of(table).chunk_widths(table.dim)
 
     def _within(self, group: TableGroup) -> "SearchSpace":
         rows = self.row_blocks if group.row_blocks is None else group.row_blocks

@@ -33,6 +33,10 @@ def test_overrides_reach_every_field() -> None:
     assert recipe.train.epochs == 3
     assert (recipe.search.algorithm.lr, recipe.search.space.row_blocks) == (0.5, (0.5, 0.5))
     assert recipe.search.budgets == ("2MiB",)
+    study = load_recipe(
+        RECIPES[0].parent / "study_planted_dlrm_layout.yaml", ["study.fields.dnis.lr=[0.1]", "study.layout.groups={}"]
+    )
+    assert study.study is not None and study.study.fields["dnis.lr"] == (0.1,)
 
 
 def test_all_problems_are_listed_at_once() -> None:

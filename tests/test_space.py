@@ -194,6 +194,9 @@ def test_a_group_of_tables_is_cut_in_its_own_way() -> None:
     ]
     assert [space.of(each).chunk_widths(16) for each in (users, movies, days)] == [(8, 8), (8, 8), (4, 4, 8)]
     assert SearchSpace().of(users) == SearchSpace()
+    space.check([users, movies, days])
+    with pytest.raises(SpaceError, match="none is called 'bags.movie'"):
+        space.check([users, days])
     with pytest.raises(SpaceError, match="positive shares that sum to 1"):
         SearchSpace(groups=(TableGroup(("*",), row_blocks=(0.2, 0.2)),))
     with pytest.raises(SpaceError, match="groups must be empty where scope is 'global'"):

@@ -53,8 +53,7 @@ class SearchedTables:
         for found in self.found:
             refuse_ties(model, found)
         self.specs: list[Table] = [table for found in self.found for table in found.tables]
-        for spec in self.specs:
-            space.of(spec).chunk_widths(spec.dim)  # an error now, not after the warm-up
+        space.check(self.specs)  # an error now, not after the warm-up
         forms = [[made for table in found.tables if (made := form(table)) is not None] for found in self.found]
         for found in self.found if any(forms) else ():
             _refuse_meta(found)

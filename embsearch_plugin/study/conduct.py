@@ -18,6 +18,7 @@ from embsearch_plugin.files import locked, write_json, write_text
 from embsearch_plugin.recipes import Recipe, load_recipe, to_plain, to_yaml
 from embsearch_plugin.report.study import write_study_report
 from embsearch_plugin.run import differing
+from embsearch_plugin.space import SearchSpace, TableGroup
 from embsearch_plugin.study.config import Study
 from embsearch_plugin.study.cost import estimate
 from embsearch_plugin.study.parameters import check, study_of
@@ -63,12 +64,14 @@ class Conductor:
         Raises:
             RecipeError: where something cannot be varied as the study says; lists all problems.
             RunFolderError: where the folder holds something else.
+            SpaceError: where a group of the layout is of no table.
             StudyError: where the storage cannot be used, the study was begun with another recipe or other data, or no trial
                 has succeeded.
         """
         check(self.recipe)
         with explained(self._url):
             workshop = Workshop(self.recipe.data.load(), self.folder)
+            self._check_groups(workshop)
             study = self._opened(workshop)
             if trials:
                 self.say(str(estimate(self.recipe, trials)))
@@ -79,6 +82,10 @@ class Conductor:
             return self._finish(Findings(study, self.recipe, workshop, dense, self.watcher))
 
     # Beginning, or joining.
+
+    def _check_groups(self, workshop: Workshop) -> None:
+        groups = self._study.layout.groups.values() if self._study.layout else ()
+        SearchSpace(groups=tuple(map(TableGroup, groups))).check(workshop.tables(self.recipe))
 
     @property
     def _study(self) -> Study:

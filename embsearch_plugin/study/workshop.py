@@ -20,6 +20,7 @@ from torch import Tensor
 
 from embsearch_plugin.algorithms.base import AlgorithmConfig
 from embsearch_plugin.cells import DENSE_MODEL, Cells, Place, Row
+from embsearch_plugin.collection import Table
 from embsearch_plugin.data.dataset import Dataset
 from embsearch_plugin.files import write_text
 from embsearch_plugin.plugins import find_collections
@@ -79,11 +80,15 @@ class Workshop:
         """Return where a cell is."""
         return self.cells(recipe, row["seed"], Watcher()).root / row["folder"]
 
-    def _frequencies_for(self, recipe: Recipe) -> Mapping[str, Tensor]:
-        """Count how often rows occur once for all models whose tables have the same names."""
+    def tables(self, recipe: Recipe) -> list[Table]:
+        """Return the tables of a recipe's model."""
         with private_random(0):
             found = find_collections(recipe.model.build(self.data.schema))
-        tables = [table for each in found for table in each.tables]
+        return [table for each in found for table in each.tables]
+
+    def _frequencies_for(self, recipe: Recipe) -> Mapping[str, Tensor]:
+        """Count how often rows occur once for all models whose tables have the same names."""
+        tables = self.tables(recipe)
         names = tuple(map(str, tables))
         if names not in self._frequencies:
             self._frequencies[names] = row_frequencies(self.data, tables, recipe.train.batch_size)
