@@ -96,7 +96,7 @@ def cost(content: Content) -> str:
     total = 1 + spent["trials"] + spent["baselines"]
     return (
         f"It cost {total:.3g} plain training runs: one for the dense model, {spent['trials']:.3g} for all trials and "
-        f"{spent['baselines']:.3g} for the baselines. One takes {spent['seconds_of_one']:.0f} s here."
+        f"{spent['baselines']:.3g} for the baselines. One takes {spent['seconds_of_one']:.3g} s here."
     )
 
 

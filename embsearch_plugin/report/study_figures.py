@@ -7,7 +7,9 @@ from typing import Any
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from embsearch_plugin.budget import human_bytes
 from embsearch_plugin.report.comparison import MARKERS
 from embsearch_plugin.report.svg import INK, LINES, MUTED, WIDTH, inline_svg, label, page_style
 
@@ -28,7 +30,7 @@ def front_figure(content: Content) -> Markup | None:
                 1, len(others), place, xlabel=_name(content, other), ylabel=f"validation {_name(content, metric)}"
             )
             _draw_front(axes, content, other, metric)
-            axes.set_xscale("log" if all(trial["values"][other] > 0 for trial in done) else "linear")
+            _scale_sizes(axes, content, other)
         handles, names = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside right upper", frameon=False)
         return inline_svg(figure, "front", f"{len(done)} trials by their objectives, and the baselines.")
@@ -41,7 +43,8 @@ def _draw_front(axes: Axes, content: Content, x: int, y: int) -> None:
 
     done, best = _complete(content), [trial for trial in _complete(content) if trial["front"]]
     axes.scatter(*places(done), s=14, color=MUTED, alpha=0.6, label="trial")
-    axes.plot(*places(best), color=LINES[0], lw=1.5, marker="o", markersize=4, label="front")
+    line = "-" if len(content["objectives"]) == 2 else ""  # of three objectives, two do not make a line
+    axes.plot(*places(best), color=LINES[0], lw=1.5, ls=line, marker="o", markersize=4, label="front")
     by_name: dict[str, list[dict[str, Any]]] = {}
     for reference in content["references"]:
         by_name.setdefault(reference["name"].partition(" at ")[0], []).append(reference)
@@ -51,6 +54,17 @@ def _draw_front(axes: Axes, content: Content, x: int, y: int) -> None:
         *places([t for t in best if t["number"] == content["chosen"]]), s=140, color=LINES[0], marker="*", label="suggested"
     )
     axes.ticklabel_format(axis="y", useOffset=False)
+
+
+def _scale_sizes(axes: Axes, content: Content, place: int) -> None:
+    """Scale an axis of bytes or microseconds by magnitude, where there is one."""
+    values = [trial["values"][place] for trial in _complete(content)]
+    if min(values) > 0:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=6))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    in_bytes = content["objectives"][place]["key"] == "bytes"
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: human_bytes(int(x)) if in_bytes else f"{x:g}"))
 
 
 def history_figure(content: Content) -> Markup | None:
@@ -111,8 +125,10 @@ def parallel_figure(content: Content) -> Markup | None:
         axes.set_xticks(range(len(axis_names)), [label(name, 22) for name in axis_names], rotation=20, ha="right")
         axes.set_yticks([])
         for place, scale in enumerate(scales):
-            axes.annotate(scale.low, (place, -0.04), ha="center", va="top", fontsize=7, color=MUTED)
-            axes.annotate(scale.high, (place, 1.04), ha="center", va="bottom", fontsize=7, color=MUTED)
+            for text, height in scale.marks:
+                below = height == 0
+                place_of_text = (place, height - 0.03 if below else height)
+                axes.annotate(text, place_of_text, ha="center", va="top" if below else "bottom", fontsize=7, color=MUTED)
         return inline_svg(figure, "parallel", f"{len(done)} trials by {', '.join(axis_names)}.")
 
 
@@ -126,7 +142,8 @@ class _Scale:
         self._logarithmic = self._numbers and ordered[0] > 0 and ordered[-1] > 10 * ordered[0]
         self._places = {value: number for number, value in enumerate(ordered)}
         self._ends = (self._raw(ordered[0]), self._raw(ordered[-1]))
-        self.low, self.high = (label(f"{v:.3g}" if isinstance(v, float) else str(v), 14) for v in (ordered[0], ordered[-1]))
+        shown = (ordered[0], ordered[-1]) if self._numbers else ordered
+        self.marks = [(label(f"{v:.3g}" if isinstance(v, float) else str(v), 14), self.of(v)) for v in shown]
 
     def of(self, value: Any) -> float:
         """Return where a value is; NaN where there is none, which leaves a gap."""
