@@ -11,7 +11,11 @@ from embsearch_plugin import stack
 
 if TYPE_CHECKING:
     from embsearch_plugin.algorithms.autodim import AutoDim
+    from embsearch_plugin.algorithms.autoemb import AutoEmb
+    from embsearch_plugin.algorithms.darts import Darts
     from embsearch_plugin.algorithms.dnis import Dnis
+    from embsearch_plugin.algorithms.esapn import Esapn
+    from embsearch_plugin.algorithms.fixed import Fixed
     from embsearch_plugin.algorithms.grid import Grid
     from embsearch_plugin.algorithms.magnitude import Magnitude
     from embsearch_plugin.algorithms.mde import Mde
@@ -31,9 +35,13 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AutoDim": "algorithms.autodim",
+    "AutoEmb": "algorithms.autoemb",
     "Budget": "budget",
+    "Darts": "algorithms.darts",
     "Dnis": "algorithms.dnis",
     "EmbsearchError": "errors",
+    "Esapn": "algorithms.esapn",
+    "Fixed": "algorithms.fixed",
     "Grid": "algorithms.grid",
     "Magnitude": "algorithms.magnitude",
     "Mde": "algorithms.mde",
@@ -56,9 +64,13 @@ _HOMES = {
 
 __all__ = [
     "AutoDim",
+    "AutoEmb",
     "Budget",
+    "Darts",
     "Dnis",
     "EmbsearchError",
+    "Esapn",
+    "Fixed",
     "Grid",
     "Magnitude",
     "Mde",

@@ -1,0 +1,119 @@
+"""A map from ids, any 64-bit integers, to entry numbers 0, 1, 2, ... in the order in which they came."""
+
+import torch
+from torch import Tensor
+
+from embsearch_plugin.streaming.growing import GrowingTensor
+
+_FREE = -1
+_FULLEST = 0.85  # of the slots in use; then they are dealt anew, with half as many again as entries
+
+
+class IdMap:
+    """A hash table with open addressing, looked up for a whole batch at a time.
+
+    A slot holds an entry number, int32; the ids themselves are kept once, in the order of the entries. A lookup takes a
+    constant number of probes on the average; what is dealt anew as the map grows is a constant number of slots per id.
+    """
+
+    def __init__(self) -> None:
+        self._ids = GrowingTensor((), torch.int64)
+        self._slots = torch.full((8,), _FREE, dtype=torch.int32)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    @property
+    def ids(self) -> Tensor:
+        """The ids, in the order of their entries, int64 (entries,)."""
+        return self._ids.values
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of one id and its slot."""
+        return self._ids.row_bytes + self._slots.itemsize
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the ids, and of a slot for each."""
+        return len(self) * self.entry_bytes
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of memory."""
+        return self._ids.held_bytes + self._slots.nbytes
+
+    def find(self, ids: Tensor) -> Tensor:
+        """Return the entry of each id, int64 (n,); -1 for those that are not there."""
+        return self._probe(ids.long())
+
+    def admit(self, ids: Tensor) -> Tensor:
+        """Return the entry of each id, int64 (n,); those that are not there become entries, in their order.
+
+        Args:
+            ids: integers (n,), each of them once.
+        """
+        ids = ids.long()
+        entries = self._probe(ids)
+        new = (entries < 0).nonzero().flatten()
+        if len(new):
+            first = len(self)
+            self._ids.resize(first + len(new))
+            self._ids.values[first:] = ids[new]
+            entries[new] = torch.arange(first, len(self))
+            self._enter(first)
+        return entries
+
+    def load(self, ids: Tensor) -> None:
+        """Hold these ids instead, in this order."""
+        self._ids.load(ids)
+        self._deal()
+
+    def _enter(self, first: int) -> None:
+        """Give the entries from ``first`` on their slots."""
+        if len(self) > _FULLEST * len(self._slots):
+            self._deal()
+        else:
+            self._place(torch.arange(first, len(self)))
+
+    def _deal(self) -> None:
+        """Give all entries their slots anew."""
+        self._slots = torch.full((max(3 * len(self) // 2, 8),), _FREE, dtype=torch.int32)
+        self._place(torch.arange(len(self)))
+
+    def _probe(self, ids: Tensor) -> Tensor:
+        """Return the entry of each id, or -1: the slots of its sequence are read until it, or a free one, is found."""
+        found, open_, probe = torch.full_like(ids, _FREE), torch.arange(len(ids)), 0
+        while len(open_):
+            entries = self._slots[self._slot(ids[open_], probe)].long()
+            taken = entries != _FREE
+            same = taken & (self.ids[entries.clamp(min=0)] == ids[open_]) if len(self) else taken
+            found[open_[same]] = entries[same]
+            open_, probe = open_[taken & ~same], probe + 1
+        return found
+
+    def _place(self, entries: Tensor) -> None:
+        """Write each entry to the first free slot of its sequence; where two meet, one of them goes on."""
+        probe = 0
+        while len(entries):
+            slots = self._slot(self.ids[entries], probe)
+            free = self._slots[slots] == _FREE
+            self._slots[slots[free]] = entries[free].int()
+            entries, probe = entries[self._slots[slots] != entries], probe + 1
+
+    def _slot(self, ids: Tensor, probe: int) -> Tensor:
+        """Return the slot of each id at one place of its sequence: SplitMix64's mixing of both."""
+        x = ids + _signed((probe + 1) * 0x9E3779B97F4A7C15)
+        x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+        x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
+        return (x ^ _shifted(x, 31)) % len(self._slots)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """Shift right and fill with zeros, as for unsigned numbers."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(x: int) -> int:
+    """Return the low 64 bits, as a signed number."""
+    return (x + 2**63) % 2**64 - 2**63
