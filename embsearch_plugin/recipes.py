@@ -104,6 +104,8 @@ class Search:
     def __post_init__(self) -> None:
         if not self.budgets:
             raise ValueError("budgets must hold at least one budget")
+        if streaming := [config.name for config in (self.algorithm, *self.baselines) if config.streams]:
+            raise ValueError(f"{', '.join(streaming)} works on streams only, such as data: movielens-csv-stream")
         amounts = [(budget.unit, budget.share is None, budget.amount) for budget in map(Budget.of, self.budgets)]
         if len(set(amounts)) < len(amounts):
             raise ValueError(f"budgets must differ from each other; got {list(self.budgets)}")
