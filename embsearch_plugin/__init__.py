@@ -11,7 +11,11 @@ from embsearch_plugin import stack
 
 if TYPE_CHECKING:
     from embsearch_plugin.algorithms.autodim import AutoDim
+    from embsearch_plugin.algorithms.autoemb import AutoEmb
+    from embsearch_plugin.algorithms.darts import Darts
     from embsearch_plugin.algorithms.dnis import Dnis
+    from embsearch_plugin.algorithms.esapn import Esapn
+    from embsearch_plugin.algorithms.fixed import Fixed
     from embsearch_plugin.algorithms.given import Given
     from embsearch_plugin.algorithms.grid import Grid
     from embsearch_plugin.algorithms.magnitude import Magnitude
@@ -29,14 +33,20 @@ if TYPE_CHECKING:
     from embsearch_plugin.saving import apply, load, save
     from embsearch_plugin.search.session import Session
     from embsearch_plugin.space import SearchSpace
+    from embsearch_plugin.streaming.replay import Replay
+    from embsearch_plugin.streaming.session import StreamSession
     from embsearch_plugin.study.pruning import OptunaPruning
     from embsearch_plugin.study.space import suggest
 
 _HOMES = {
     "AutoDim": "algorithms.autodim",
+    "AutoEmb": "algorithms.autoemb",
     "Budget": "budget",
+    "Darts": "algorithms.darts",
     "Dnis": "algorithms.dnis",
     "EmbsearchError": "errors",
+    "Esapn": "algorithms.esapn",
+    "Fixed": "algorithms.fixed",
     "Given": "algorithms.given",
     "Grid": "algorithms.grid",
     "Magnitude": "algorithms.magnitude",
@@ -44,11 +54,13 @@ _HOMES = {
     "Nis": "algorithms.nis",
     "OptunaPruning": "study.pruning",
     "Random": "algorithms.random",
+    "Replay": "streaming.replay",
     "Sam": "algorithms.sam",
     "SearchSpace": "space",
     "Session": "search.session",
     "SizePlan": "plan",
     "Spectral": "algorithms.spectral",
+    "StreamSession": "streaming.session",
     "Uniform": "algorithms.uniform",
     "apply": "saving",
     "hookimpl": "hookspecs",
@@ -62,9 +74,13 @@ _HOMES = {
 
 __all__ = [
     "AutoDim",
+    "AutoEmb",
     "Budget",
+    "Darts",
     "Dnis",
     "EmbsearchError",
+    "Esapn",
+    "Fixed",
     "Given",
     "Grid",
     "Magnitude",
@@ -72,11 +88,13 @@ __all__ = [
     "Nis",
     "OptunaPruning",
     "Random",
+    "Replay",
     "Sam",
     "SearchSpace",
     "Session",
     "SizePlan",
     "Spectral",
+    "StreamSession",
     "Uniform",
     "apply",
     "hookimpl",

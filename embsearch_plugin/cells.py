@@ -12,7 +12,6 @@ A cell that is finished has a ``cell.json``, and is never trained again. One tha
 several processes want one cell, or one search, the first trains it and the others wait.
 """
 
-import json
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sized
@@ -30,9 +29,9 @@ from embsearch_plugin.algorithms.base import AlgorithmConfig
 from embsearch_plugin.compact.collection import CompactEmbeddingBagCollection
 from embsearch_plugin.data.dataset import Batches, Dataset, Split
 from embsearch_plugin.decorator import prepare
-from embsearch_plugin.errors import BudgetError, NonFiniteLoss, RunFolderError
+from embsearch_plugin.errors import BudgetError, NonFiniteLoss
 from embsearch_plugin.evaluation import evaluate
-from embsearch_plugin.files import locked, read_state, write_json, write_state
+from embsearch_plugin.files import locked, read_json, read_state, write_json, write_state
 from embsearch_plugin.fused import FusedEmbeddingBags
 from embsearch_plugin.hookspecs import hookimpl
 from embsearch_plugin.plan import SizePlan
@@ -119,7 +118,7 @@ class Cells:
                 write_json(folder / CELL, self._dense() if place.config is None else self._compact(place, place.config))
         if place.config is not None:
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # no other cell needs them
-        row: Row = _read(folder / CELL)
+        row: Row = read_json(folder / CELL)
         return row | self._named(place)  # an allocation that several methods and budgets share is recorded once
 
     def test(self, row: Row) -> Score:
@@ -127,7 +126,7 @@ class Cells:
         folder = self.root / row["folder"]
         if not (folder / TEST).exists():
             write_json(folder / TEST, self._evaluate(self.model(row), "test"))
-        return _read(folder / TEST)
+        return read_json(folder / TEST)
 
     def model(self, row: Row) -> nn.Module:
         """Return a finished cell's model."""
@@ -140,7 +139,7 @@ class Cells:
     def course(self, place: Place) -> list[dict[str, float]]:
         """Return the recorded steps of a finished search; none where the model did not train meanwhile."""
         path = self._search_folder(place) / COURSE
-        return _read(path) if path.exists() else []
+        return read_json(path) if path.exists() else []
 
     # One cell.
 
@@ -363,15 +362,6 @@ def _limits(config: AlgorithmConfig, course: Stages, train: Train, batches: Batc
 
 def _course_of(stage: Stage) -> Stages:
     return {stage.name: Trained(stage.history, not stage.converged)}
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RunFolderError(
-            f"{path} is damaged: {error}.\n  Possible solution: delete it; the run then makes it anew."
-        ) from error
 
 
 def slug(name: str) -> str:

@@ -41,22 +41,38 @@ def run(recipe: Path, overrides: tuple[str, ...], out: Path | None, resume: bool
     from rich.console import Console
 
     from embsearch_plugin.progress import ProgressWatcher
-    from embsearch_plugin.recipes import load_recipe
+    from embsearch_plugin.recipes import parse_recipe, read_content
     from embsearch_plugin.report.headline import headline
     from embsearch_plugin.report.text import results_table
     from embsearch_plugin.run import run as run_recipe
+    from embsearch_plugin.streaming.recipe import is_stream, parse_stream_recipe
 
     if resume and out is None:
         raise click.UsageError("--resume needs --out, the folder of the run to go on with.")
-    loaded = load_recipe(recipe, overrides)
-    folder = out or _new_folder(recipe.stem)
-    console = Console()
+    content = read_content(recipe, overrides)
+    folder, console = out or _new_folder(recipe.stem), Console()
     console.print(f"run folder: {folder} (if stopped: the same command with --resume --out {folder})", highlight=False)
+    if is_stream(content):
+        _run_stream(parse_stream_recipe(content, str(recipe)), folder, resume, console)
+        return
+    loaded = parse_recipe(content, str(recipe))
     with ProgressWatcher(console) as watcher:
         metrics = run_recipe(loaded, folder, resume=resume, watcher=watcher)
     console.print(headline(metrics), highlight=False, markup=False)
     console.print(results_table(metrics))
     console.print(f"written to {folder}: report.html, metrics.json, and under cells/ every plan and model", highlight=False)
+
+
+def _run_stream(recipe: Any, folder: Path, resume: bool, console: Any) -> None:
+    from embsearch_plugin.progress import StreamProgress
+    from embsearch_plugin.streaming.report import headline, terminal_table
+    from embsearch_plugin.streaming.run import run_stream
+
+    with StreamProgress(console) as progress:
+        metrics = run_stream(recipe, folder, resume=resume, progress=progress)
+    console.print(headline(metrics), highlight=False, markup=False)
+    console.print(terminal_table(metrics))
+    console.print(f"written to {folder}: report.html and metrics.json", highlight=False)
 
 
 def _new_folder(name: str) -> Path:
@@ -130,14 +146,20 @@ def apply(plan: Path, recipe: Path, overrides: tuple[str, ...]) -> None:
 @click.option("--markdown", is_flag=True, help="Write no page: print the headline, and the results as a Markdown table.")
 def report(folder: Path, markdown: bool) -> None:
     """Write FOLDER/report.html anew from its metrics.json and its plans; of a study, from its study.json."""
+    from embsearch_plugin.files import read_json
     from embsearch_plugin.report.headline import headline
     from embsearch_plugin.report.inputs import Metrics, read
     from embsearch_plugin.report.page import write_report
     from embsearch_plugin.report.study import write_study_report
     from embsearch_plugin.report.text import results_markdown
+    from embsearch_plugin.streaming import report as of_stream
 
+    content = read_json(folder / "metrics.json") if (folder / "metrics.json").exists() else {}
     if (folder / "study.json").exists():
         click.echo(f"written: {write_study_report(folder)}")
+    elif "transactions" in content:
+        shown = f"{of_stream.headline(content)}\n\n{of_stream.markdown(content)}"
+        click.echo(shown if markdown else f"written: {of_stream.write_stream_report(folder)}")
     elif markdown:
         metrics = read(folder / "metrics.json", Metrics)
         click.echo(f"{headline(metrics)}\n\n{results_markdown(metrics)}")

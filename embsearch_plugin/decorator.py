@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 from torch import nn
 
@@ -17,28 +17,56 @@ from embsearch_plugin.search.objective import Objective, train_task
 from embsearch_plugin.search.ranking import Frequencies
 from embsearch_plugin.search.session import ATTRIBUTE, Session
 from embsearch_plugin.space import SearchSpace
+from embsearch_plugin.streaming.base import StreamConfig
+from embsearch_plugin.streaming.session import StreamSession
 
 T = TypeVar("T", bound=Callable[..., nn.Module])
 _depth: ContextVar[int] = ContextVar("embsearch_construction_depth", default=0)
+
+
+@overload
+def prepare(  # type: ignore[overload-overlap]
+    model: nn.Module,
+    *,
+    algorithm: StreamConfig,
+    budget: Budget | str | None = None,
+    objective: Objective = train_task,
+    seed: int = 0,
+) -> StreamSession: ...
+
+
+@overload
+def prepare(
+    model: nn.Module,
+    *,
+    algorithm: str | AlgorithmConfig = "dnis",
+    budget: Budget | str | None = None,
+    space: SearchSpace | None = None,
+    objective: Objective = train_task,
+    frequencies: Frequencies | None = None,
+    fused: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> Session: ...
 
 
 def prepare(
     model: nn.Module,
     *,
     algorithm: str | AlgorithmConfig = "dnis",
-    budget: Budget | str = "10%",
+    budget: Budget | str | None = None,
     space: SearchSpace | None = None,
     objective: Objective = train_task,
     frequencies: Frequencies | None = None,
     fused: Mapping[str, Any] | None = None,
     seed: int = 0,
-) -> Session:
+) -> Session | StreamSession:
     """Make every embedding collection in ``model`` searchable, in place.
 
     Args:
         model: any module that holds a TorchRec EmbeddingBagCollection; its inputs and outputs stay the same.
         algorithm: a name, or a config object such as ``es.Dnis(lr=0.005)``.
-        budget: ``"10%"`` of the original tables' weight bytes, ``es.Budget(bytes="2GiB")``, or ``es.Budget(params=n)``.
+        budget: ``"10%"`` of the original tables' weight bytes, ``es.Budget(bytes="2GiB")``, or ``es.Budget(params=n)``; by
+            default 10 %. For a stream it is a cap on the bytes that are held, and there is none by default.
         space: how rows and columns are cut; by default as suits the algorithm.
         objective: ``(model, batch) -> loss, logits, labels``; needed where the model does not follow TorchRec's
             train-task convention ``loss, (loss, logits, labels) = model(batch)``.
@@ -47,19 +75,24 @@ def prepare(
         seed: of every random number the search draws.
 
     Returns:
-        The session; ``session(model)`` finds it again.
+        The session; ``session(model)`` finds it again. For an algorithm on streams (``esapn``, ``autoemb``, ``darts``,
+        ``fixed``) it is a :class:`~embsearch_plugin.streaming.session.StreamSession`, and the tables' rows are the plugin's.
     """
     _check_is_module(model, "prepare takes")
-    return Session(
-        model,
-        algorithm_config(algorithm),
-        Budget.of(budget),
-        space,
-        objective,
-        frequencies,
-        fused,
-        seed,
-    )
+    config = algorithm_config(algorithm)
+    if isinstance(config, StreamConfig):
+        _refuse_for_streams(config, space=space, frequencies=frequencies, fused=fused)
+        return StreamSession(model, config, None if budget is None else Budget.of(budget), objective, seed)
+    return Session(model, config, Budget.of("10%" if budget is None else budget), space, objective, frequencies, fused, seed)
+
+
+def _refuse_for_streams(config: StreamConfig, **options: object) -> None:
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise SessionError(
+            f"{config.name} works on streams, where rows come as they are needed: {', '.join(given)} cannot be given.\n"
+            f"  Possible solution: leave {'it' if len(given) == 1 else 'them'} out."
+        )
 
 
 def session(model: nn.Module) -> Session:

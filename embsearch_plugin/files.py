@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from embsearch_plugin.errors import StateError
+from embsearch_plugin.errors import RunFolderError, StateError
 
 
 @contextmanager
@@ -75,6 +75,20 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write plain data to ``path`` atomically, as JSON a person can read."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read what :func:`write_json` wrote.
+
+    Raises:
+        RunFolderError: where it is damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunFolderError(
+            f"{path} is damaged: {error}.\n  Possible solution: delete it; the run then makes it anew."
+        ) from error
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:

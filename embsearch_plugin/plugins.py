@@ -17,7 +17,11 @@ from embsearch_plugin.supernet.forms import Form
 
 BUILTIN = (
     "embsearch_plugin.algorithms.autodim",
+    "embsearch_plugin.algorithms.autoemb",
+    "embsearch_plugin.algorithms.darts",
     "embsearch_plugin.algorithms.dnis",
+    "embsearch_plugin.algorithms.esapn",
+    "embsearch_plugin.algorithms.fixed",
     "embsearch_plugin.algorithms.given",
     "embsearch_plugin.algorithms.grid",
     "embsearch_plugin.algorithms.magnitude",

@@ -3,6 +3,8 @@
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from embsearch_plugin.budget import human_bytes
+from embsearch_plugin.streaming.prequential import Run
 from embsearch_plugin.tasks import CLICK, Task
 from embsearch_plugin.training import Epoch, Watcher
 
@@ -11,15 +13,7 @@ class ProgressWatcher(Watcher):
     """A bar per epoch, and a line for each epoch that ended. Where there is no terminal, only the lines."""
 
     def __init__(self, console: Console) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
+        self._progress = _bars(console)
         self._console = console
         self._task: TaskID | None = None
         self._asked: Task = CLICK
@@ -54,3 +48,45 @@ class ProgressWatcher(Watcher):
     def _clear(self) -> None:
         if self._task is not None:
             self._progress.remove_task(self._task)
+
+
+class StreamProgress:
+    """A bar per method and seed of a stream, with figures beside it. Where there is no terminal, a line at every tenth."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress, self._console = _bars(console), console
+        self._shown: tuple[str, int] | None = None
+        self._task = TaskID(0)
+        self._tenth = 0
+
+    def __enter__(self) -> "StreamProgress":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, method: str, seed: int, run: Run) -> None:
+        """Take note of a batch."""
+        total, name = len(run.stream), f"{method} seed {seed}"
+        if self._shown != (method, seed):
+            self._shown, self._tenth = (method, seed), run.seen * 10 // total
+            self._task = self._progress.add_task(name, total=total)
+        self._progress.update(self._task, completed=run.seen)
+        if run.seen * 10 // total > self._tenth:
+            self._tenth = run.seen * 10 // total
+            count, right, loss = run.score.whole.tolist()
+            figures = f"accuracy {right / count:.4f}, loss {loss / count:.4f}, {human_bytes(run.session.held_bytes)}"
+            self._console.print(f"{name:<20} {run.seen:>10,}  {figures}  {run.seconds:.1f} s", highlight=False, soft_wrap=True)
+
+
+def _bars(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )

@@ -12,12 +12,15 @@ import yaml
 
 from embsearch_plugin import data, models
 from embsearch_plugin.algorithms.base import AlgorithmConfig
+from embsearch_plugin.data import stream
 from embsearch_plugin.data.own import OwnData
 from embsearch_plugin.models.own import OwnModel
+from embsearch_plugin.models.stream_mlp import StreamMlp
 from embsearch_plugin.plugins import BUILTIN, algorithms
 from embsearch_plugin.ranges import Choices, Range
 from embsearch_plugin.recipes import Fused, Recipe, Search, Train, Tune, to_plain
 from embsearch_plugin.space import SearchSpace, TableGroup
+from embsearch_plugin.streaming.recipe import StreamRecipe, StreamSearch, StreamTrain
 from embsearch_plugin.study.config import Layout, Study
 
 HEAD = """# Recipes, field by field
@@ -43,6 +46,9 @@ SECTIONS: tuple[tuple[str, str, type], ...] = (
     ("Study", "study", Study),
     ("Layouts", "study.layout", Layout),
     ("A range", "study.fields.NAME", Range),
+    ("A recipe of a stream", "", StreamRecipe),
+    ("Search on a stream", "search", StreamSearch),
+    ("Training on a stream", "train", StreamTrain),
 )
 
 
@@ -53,7 +59,9 @@ def markdown() -> str:
     for title, path, classes in (
         ("Algorithms", "search.algorithm", sorted(own, key=lambda cls: cls.name)),
         ("Models", "model", [*models.CONFIGS, OwnModel]),
+        ("The model of a stream", "model", [StreamMlp]),
         ("Data", "data", [*data.CONFIGS, OwnData]),
+        ("Streams", "data", [*stream.CONFIGS]),
     ):
         parts.append(f"## {title}\n\nUnder `{path}`.\n")
         parts += [_section(getattr(cls, "name", "package.module:function"), "", cls, "###") for cls in classes]
@@ -133,7 +141,7 @@ _NAMES: dict[Any, str] = {
 def _values(hint: Any) -> str:
     """Say in words what a field takes."""
     origin, inner = get_origin(hint), get_args(hint)
-    if hint in (data.DataConfig, models.ModelConfig, AlgorithmConfig):
+    if hint in (data.DataConfig, models.ModelConfig, AlgorithmConfig, stream.StreamData, StreamMlp):
         return "a name, or a mapping"
     if origin in (Union, UnionType):
         return " or ".join(dict.fromkeys(_values(each) for each in inner))

@@ -19,9 +19,11 @@ from embsearch_plugin.algorithms.base import AlgorithmConfig
 from embsearch_plugin.algorithms.magnitude import Magnitude
 from embsearch_plugin.algorithms.uniform import Uniform
 from embsearch_plugin.budget import Budget
+from embsearch_plugin.data import stream
 from embsearch_plugin.data.own import OwnData
 from embsearch_plugin.errors import EmbsearchError, RecipeError, did_you_mean
 from embsearch_plugin.models.own import OwnModel
+from embsearch_plugin.models.stream_mlp import StreamMlp
 from embsearch_plugin.plugins import algorithms
 from embsearch_plugin.ranges import Range, Ranges
 from embsearch_plugin.space import SearchSpace
@@ -108,6 +110,8 @@ class Search:
     def __post_init__(self) -> None:
         if not self.budgets:
             raise ValueError("budgets must hold at least one budget")
+        if streaming := [config.name for config in (self.algorithm, *self.baselines) if config.streams]:
+            raise ValueError(f"{', '.join(streaming)} works on streams only, such as data: movielens-csv-stream")
         amounts = [(budget.unit, budget.share is None, budget.amount) for budget in map(Budget.of, self.budgets)]
         if len(set(amounts)) < len(amounts):
             raise ValueError(f"budgets must differ from each other; got {list(self.budgets)}")
@@ -115,12 +119,7 @@ class Search:
     @property
     def methods(self) -> dict[str, AlgorithmConfig]:
         """The algorithm and its baselines by name; where two share a name, their settings tell them apart."""
-        configs: list[AlgorithmConfig] = []
-        for config in (self.algorithm, *self.baselines):
-            if config not in configs:  # another package's config may have a field that cannot be hashed
-                configs.append(config)
-        names = [config.name for config in configs]
-        return {config.name if names.count(config.name) == 1 else _described(config): config for config in configs}
+        return methods_of((self.algorithm, *self.baselines))
 
 
 @dataclass(frozen=True)
@@ -173,6 +172,16 @@ class Recipe:
             replace(self.train, **trial)
 
 
+def methods_of(configs: Sequence[AlgorithmConfig]) -> dict[str, AlgorithmConfig]:
+    """Return configs by name, each once; where two share a name, their settings tell them apart."""
+    differing: list[AlgorithmConfig] = []
+    for config in configs:
+        if config not in differing:  # another package's config may have a field that cannot be hashed
+            differing.append(config)
+    names = [config.name for config in differing]
+    return {config.name if names.count(config.name) == 1 else _described(config): config for config in differing}
+
+
 def _described(config: AlgorithmConfig) -> str:
     """Name a config by its name and what was set otherwise than by default."""
     return f"{config.name} ({', '.join(settings(config))})" if settings(config) else config.name
@@ -192,11 +201,19 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: where the file cannot be read or something in it is wrong; lists all problems.
     """
+    return parse_recipe(read_content(path, overrides), str(path))
+
+
+def read_content(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Return a recipe's plain data, with what it extends, and with overrides.
+
+    Raises:
+        RecipeError: where a file cannot be read, is not YAML or no mapping, or an override is wrong.
+    """
     content = _read(Path(path), ())
     for override in overrides:
-        key, value = _parsed(override)
-        put(content, key, value)
-    return parse_recipe(content, str(path))
+        put(content, *_parsed(override))
+    return content
 
 
 def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
@@ -246,14 +263,23 @@ def overridden(recipe: Recipe, values: Mapping[str, Any], source: str) -> Recipe
 
 def parse_recipe(content: Mapping[str, Any], source: str) -> Recipe:
     """Turn plain data into a recipe; ``source`` is named in errors."""
+    recipe: Recipe = structured(content, Recipe, source)
+    return recipe
+
+
+def structured(content: Mapping[str, Any], cls: Any, source: str) -> Any:
+    """Turn plain data into a dataclass of recipes; ``source`` is named in errors.
+
+    Raises:
+        RecipeError: where something in it is wrong; lists all problems.
+    """
     try:
-        recipe: Recipe = _converter().structure(content, Recipe)
+        return _converter().structure(content, cls)
     except (cattrs.BaseValidationError, cattrs.StructureHandlerNotFoundError) as error:
         problems = [problem.replace("$", "recipe") for problem in cattrs.transform_error(error, format_exception=_message)]
         raise RecipeError(f"{len(problems)} problem{'s' * (len(problems) > 1)} in {source}: {'; '.join(problems)}.") from error
     except EmbsearchError as error:
         raise RecipeError(f"1 problem in {source}: {error}") from error
-    return recipe
 
 
 def to_plain(value: Any) -> Any:
@@ -267,7 +293,7 @@ def to_plain(value: Any) -> Any:
     return [to_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-def to_yaml(recipe: Recipe) -> str:
+def to_yaml(recipe: object) -> str:
     """Return a recipe as YAML, every default written out."""
     return yaml.safe_dump(to_plain(recipe), sort_keys=False)
 
@@ -312,6 +338,8 @@ def _converter() -> cattrs.Converter:
     converter.register_structure_hook_func(_is_union, lambda value, union: _one_of(converter, value, union))
     for base, known, own in (
         (data.DataConfig, lambda: {c.name: c for c in data.CONFIGS}, OwnData),
+        (stream.StreamData, lambda: {c.name: c for c in stream.CONFIGS}, None),
+        (StreamMlp, lambda: {StreamMlp.name: StreamMlp}, None),
         (models.ModelConfig, lambda: {c.name: c for c in models.CONFIGS}, OwnModel),
         (AlgorithmConfig, algorithms, None),
     ):

@@ -19,7 +19,7 @@ from difflib import ndiff
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -233,8 +233,15 @@ def _told_apart(allocation: AlgorithmConfig, method: AlgorithmConfig) -> str:
     return ", ".join([*other, *(text for text in settings(allocation) if text not in settings(method))])
 
 
-def check_folder(recipe: Recipe, folder: Path, resume: bool) -> None:
-    """Make sure that ``folder`` is new, or holds a run of ``recipe`` that is to go on.
+class Fingerprinted(Protocol):
+    """Data that can be told from other data."""
+
+    def fingerprint(self) -> str:
+        """Return a text that changes when the data does."""
+
+
+def check_folder(recipe: object, folder: Path, resume: bool) -> None:
+    """Make sure that ``folder`` is new, or holds a run of ``recipe``, of whatever kind, that is to go on.
 
     Raises:
         RunFolderError: saying what is there.
@@ -261,7 +268,7 @@ def differing(there: str, here: str) -> str:
 
 
 @contextmanager
-def opened(recipe: Recipe, folder: Path, data: Dataset) -> Iterator[None]:
+def opened(recipe: object, folder: Path, data: Fingerprinted) -> Iterator[None]:
     """Write down what is run, and on which data, and keep other processes out.
 
     Raises:

@@ -118,4 +118,30 @@ pairs too; and the NCF model it takes up is trained so. All figures depend on N:
 and of validation's five candidates the positive is always among the first ten.
 """
 
+
+def squared_error(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean squared error of the probability (esapn.txt, Eq. 3)."""
+    return F.mse_loss(logits.sigmoid(), labels)
+
+
+def _preferences(logits: Tensor, labels: Tensor) -> Score:
+    return {"accuracy": float(((logits > 0) == (labels > 0.5)).float().mean()), "mse": float(squared_error(logits, labels))}
+
+
+def _stars(logits: Tensor, labels: Tensor) -> Score:
+    classes = labels.long()
+    return {
+        "accuracy": float((logits.argmax(1) == classes).float().mean()),
+        "log_loss": float(F.cross_entropy(logits, classes)),
+    }
+
+
+ACCURACY = Metric("accuracy", "accuracy", 1)
+
+PREFERENCE = Task("preference", (ACCURACY, MSE), MSE, squared_error, _preferences)
+"""Does she like it? Logits and labels (B,), labels 0 or 1; the loss is the squared error (esapn.txt, 3.4)."""
+
+STARS = Task("stars", (ACCURACY, LOG_LOSS), LOG_LOSS, lambda logits, labels: F.cross_entropy(logits, labels.long()), _stars)
+"""Which of five classes of stars? Logits (B, 5) and labels 0 to 4; the loss is cross-entropy (esapn.txt, 3.4)."""
+
 TASKS = {task.name: task for task in (CLICK, RATING, TOP_K)}

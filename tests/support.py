@@ -14,6 +14,10 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 import embsearch_plugin as es
 from embsearch_plugin.compact.collection import CompactEmbeddingBagCollection
+from embsearch_plugin.plugins import algorithms
+
+SEARCHES = sorted(name for name, config in algorithms().items() if not config.streams)
+STREAMS = sorted(name for name, config in algorithms().items() if config.streams)
 
 
 @dataclass(frozen=True)

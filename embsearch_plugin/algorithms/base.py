@@ -37,6 +37,9 @@ class AlgorithmConfig:
         :attr:`same_at_every_budget`: whether it is one and the same model for all budgets.
         :meth:`fine_tuning_epochs`: how long the rewritten model is trained on at most.
 
+    ``streams`` says whether it works on streams, where rows are made as ids come; then it is a
+    :class:`~embsearch_plugin.streaming.base.StreamConfig`, and the rest of this does not concern it.
+
     What a rewrite needs to know:
         ``folds_gates``: whether gates are part of the weights, which are multiplied by them when they are stored. Otherwise
         gates only say what takes part, and the plan says that again.
@@ -54,6 +57,7 @@ class AlgorithmConfig:
     """
 
     name: ClassVar[str]
+    streams: ClassVar[bool] = False
     starts_from: ClassVar[Literal["scratch", "dense"]] = "scratch"
     folds_gates: ClassVar[bool] = True
     ranges: ClassVar[Ranges] = {}

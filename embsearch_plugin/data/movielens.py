@@ -211,6 +211,17 @@ def _read_ratings(path: Path, users: dict[str, int], movies: dict[str, int]) -> 
     return np.array(ratings, dtype=np.int64).T
 
 
+def read_rating_lines(path: Path) -> pl.DataFrame:
+    """Return ``userId``, ``movieId``, ``rating`` and ``timestamp`` of ``ratings.dat``, integers, without the other files.
+
+    Raises:
+        DataError: where it is missing, empty or malformed.
+    """
+    names = ("UserID", "MovieID", "Rating", "Timestamp")
+    rows = [[_integer(path, n, *pair) for pair in zip(names, values, strict=True)] for n, values in _lines(path, names)]
+    return pl.DataFrame(np.array(rows, dtype=np.int64), schema=["userId", "movieId", "rating", "timestamp"])
+
+
 def _require_times(path: Path, times: NDArray[np.int64]) -> None:
     unknown = np.flatnonzero(times <= 0)
     if len(unknown):

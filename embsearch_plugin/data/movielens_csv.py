@@ -66,7 +66,7 @@ class MovieLensCsv:
         """
         folder = Path(self.path)
         movies = _read_movies(folder / "movies.csv") if (folder / "movies.csv").exists() else None
-        ratings = _read_ratings(folder / "ratings.csv", movies)
+        ratings = read_ratings(folder / "ratings.csv", movies)
         splits = self._split(ratings["timestamp"].to_numpy())
         train = splits["train"].numpy()
         columns, bags = self._columns(ratings, train), {}
@@ -114,7 +114,12 @@ def _read_movies(path: Path) -> pl.DataFrame:
     return pl.concat(movies)
 
 
-def _read_ratings(path: Path, movies: pl.DataFrame | None) -> pl.DataFrame:
+def read_ratings(path: Path, movies: pl.DataFrame | None = None) -> pl.DataFrame:
+    """Return the file's columns as numbers; where ``movies`` are given, ``at`` says which of them a rating is of.
+
+    Raises:
+        DataError: where it is missing, empty or malformed.
+    """
     chunks = read_chunks(path, ("userId", "movieId", "rating", "timestamp"), SOURCE)
     return pl.concat([_ratings(chunk, movies) for chunk in chunks])
 

@@ -33,7 +33,7 @@ _SETTINGS = {"step", "epoch", "seconds"}  # what a row is about, not what was me
 def course_figure(course: Rows) -> Markup | None:
     """Draw every number recorded at the search steps, one panel each; None if there is none."""
     panels = {title: {"": line} for title, line in _series(course, "step").items()}
-    return _draw({"": panels}, [""], "search step", "course")
+    return draw_panels({"": panels}, [""], "search step", "course")
 
 
 def curves_figure(models: Mapping[str, Mapping[str, Rows]]) -> Markup | None:
@@ -41,7 +41,9 @@ def curves_figure(models: Mapping[str, Mapping[str, Rows]]) -> Markup | None:
 
     A model is given by its budget, and its epochs by stage; stages take the line colours in turn, as in the legend.
     """
-    return _draw({budget: _by_measure(stages) for budget, stages in models.items()}, stage_names(models), "epoch", "curves")
+    return draw_panels(
+        {budget: _by_measure(stages) for budget, stages in models.items()}, stage_names(models), "epoch", "curves"
+    )
 
 
 def stage_names(models: Mapping[str, Mapping[str, Rows]]) -> list[str]:
@@ -69,7 +71,7 @@ def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
 
-def _draw(models: Mapping[str, Panels], lines: list[str], x_label: str, name: str) -> Markup | None:
+def draw_panels(models: Mapping[str, Panels], lines: list[str], x_label: str, name: str) -> Markup | None:
     """Draw small multiples, each model's on rows of their own, with one scale for what is measured alike."""
     titles = _ranked({title for panels in models.values() for title in panels})
     if not titles:

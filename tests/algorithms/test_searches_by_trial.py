@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support import PLAIN, WORLDS, searched
+from support import PLAIN, SEARCHES, WORLDS, searched
 
 import embsearch_plugin as es
 from embsearch_plugin.algorithms.mde import popularity
@@ -32,7 +32,7 @@ def test_a_method_of_one_allocation_tries_itself_alone() -> None:
         assert list(config.allocations(SPECS, es.Budget.of("10%"), SPACE)) == [config]
 
 
-@pytest.mark.parametrize("name", sorted(algorithms()))
+@pytest.mark.parametrize("name", SEARCHES)
 def test_an_allocation_is_among_its_own_and_is_found_again(name: str) -> None:
     budget = es.Budget.of("60%")
     tried = algorithms()[name]().allocations(SPECS, budget, SPACE)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import PLAIN, WORLDS, Task, relative_error, searched, stored_bytes, task, train
+from support import PLAIN, SEARCHES, WORLDS, Task, relative_error, searched, stored_bytes, task, train
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -20,10 +20,7 @@ from embsearch_plugin.plugins import algorithms
 from embsearch_plugin.ranges import Range
 from embsearch_plugin.search.session import Session
 
-ALGORITHMS = sorted(algorithms())
-everywhere = pytest.mark.parametrize(
-    ("algorithm", "world"), [(algorithm, world) for algorithm in ALGORITHMS for world in WORLDS]
-)
+everywhere = pytest.mark.parametrize(("algorithm", "world"), [(algorithm, world) for algorithm in SEARCHES for world in WORLDS])
 
 
 def run(algorithm: str, world: str = "one id", steps: int = 12, **options: object) -> tuple[Task, Session, Optimizer]:
@@ -36,7 +33,7 @@ def state_of(model: Task, session: Session, optimizer: Optimizer) -> list[Tensor
     return [t.clone() for t in tensors + [v for s in optimizer.state.values() for v in s.values()]]
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", sorted(algorithms()))
 def test_declared_ranges_are_of_fields_and_hold_what_these_take(algorithm: str) -> None:
     config = algorithms()[algorithm]
     for name, declared in config.ranges.items():
@@ -120,7 +117,7 @@ def test_the_compact_model_has_the_planned_bytes_and_trains_on(algorithm: str, w
         es.session(model)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", SEARCHES)
 def test_a_plan_applied_to_a_fresh_model_has_the_same_shape(algorithm: str, tmp_path: Path) -> None:
     model, session, _ = run(algorithm)
     plan = session.derive()
@@ -133,7 +130,7 @@ def test_a_plan_applied_to_a_fresh_model_has_the_same_shape(algorithm: str, tmp_
     assert stored_bytes(applied) == plan.size_bytes
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", SEARCHES)
 def test_a_search_goes_on_from_a_checkpoint_in_a_new_process(algorithm: str, tmp_path: Path) -> None:
     model, session, optimizer = run(algorithm, steps=8)
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "session": session.state_dict()}
@@ -158,14 +155,14 @@ def resume(algorithm: str, folder: Path) -> None:
     session.derive().save(folder / "resumed.json")
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", SEARCHES)
 def test_derive_before_any_search_step_is_an_error(algorithm: str) -> None:
     _, session, _ = run(algorithm, steps=1)
     with pytest.raises(es.EmbsearchError, match="needs at least one search step; 1 weight steps"):
         session.derive()
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", SEARCHES)
 def test_a_budget_that_nothing_fits_is_an_error_or_an_empty_plan(algorithm: str) -> None:
     _, session, _ = run(algorithm)
     try:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from support import WORLDS, task, train
+from support import SEARCHES, WORLDS, task, train
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -43,7 +43,7 @@ def alike(value: Tensor) -> bool:
 def process(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES)
-    for algorithm in sorted(algorithms()):
+    for algorithm in SEARCHES:
         session = searched_replica(algorithm, rank)
         for strict in (True, False):
             plan = session.derive(strict=strict)
@@ -59,7 +59,7 @@ def process(rank: int, folder: Path) -> None:
 @pytest.mark.slow
 def test_every_process_derives_the_same_plan(tmp_path: Path) -> None:
     mp.spawn(process, (tmp_path,), nprocs=PROCESSES)
-    for algorithm in algorithms():
+    for algorithm in SEARCHES:
         for strict in (True, False):
             first, second = (tmp_path / f"{algorithm}-{strict}-{rank}.json" for rank in range(PROCESSES))
             # The file beside a plan, its row orders and masks, is named by its hash.
