@@ -61,7 +61,7 @@ def test_given_dims_are_those_that_are_given() -> None:
     ("dims", "budget", "error", "message"),
     [
         ({"t0": 8}, "10%", BudgetError, "the given dims do not fit 10%: they need"),
-        ({"t9": 8}, "100%", SpaceError, "there is no 't9'. Did you mean"),
+        ({"t9": 8}, "100%", SpaceError, "there is no 't9'. Available: t0, t1"),
         ({"t0": 3}, "100%", SpaceError, "multiples of align=4"),
     ],
 )
