@@ -1,5 +1,8 @@
 """A map from ids, any 64-bit integers, to entry numbers 0, 1, 2, ... in the order in which they came."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,7 +21,7 @@ class IdMap:
 
     def __init__(self) -> None:
         self._ids = GrowingTensor((), torch.int64)
-        self._slots = torch.full((8,), _FREE, dtype=torch.int32)
+        self._slots = torch.full((8,), _FREE, dtype=torch.int32, device="cpu")
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -64,21 +67,25 @@ class IdMap:
             self._enter(first)
         return entries
 
-    def load(self, ids: Tensor) -> None:
-        """Hold these ids instead, in this order."""
-        self._ids.load(ids)
-        self._deal()
+    def state_dict(self) -> dict[str, Any]:
+        """Return the ids in their order, and how many slots there are."""
+        return {"ids": self._ids.state_dict(), "slots": len(self._slots)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state``."""
+        self._ids.load_state_dict(state["ids"])
+        self._deal(state["slots"])
 
     def _enter(self, first: int) -> None:
         """Give the entries from ``first`` on their slots."""
         if len(self) > _FULLEST * len(self._slots):
-            self._deal()
+            self._deal(max(3 * len(self) // 2, 8))
         else:
             self._place(torch.arange(first, len(self)))
 
-    def _deal(self) -> None:
+    def _deal(self, slots: int) -> None:
         """Give all entries their slots anew."""
-        self._slots = torch.full((max(3 * len(self) // 2, 8),), _FREE, dtype=torch.int32)
+        self._slots = torch.full((slots,), _FREE, dtype=torch.int32, device="cpu")
         self._place(torch.arange(len(self)))
 
     def _probe(self, ids: Tensor) -> Tensor:
@@ -102,11 +109,18 @@ class IdMap:
             entries, probe = entries[self._slots[slots] != entries], probe + 1
 
     def _slot(self, ids: Tensor, probe: int) -> Tensor:
-        """Return the slot of each id at one place of its sequence: SplitMix64's mixing of both."""
-        x = ids + _signed((probe + 1) * 0x9E3779B97F4A7C15)
-        x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-        x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
-        return (x ^ _shifted(x, 31)) % len(self._slots)
+        """Return the slot of each id at one place of its sequence.
+
+        Ids are mixed before the place is added: else those that are multiples of the step would follow each other's sequence.
+        """
+        return _mixed(_mixed(ids) + _signed(probe * 0x9E3779B97F4A7C15)) % len(self._slots)
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """Mix the bits of 64-bit numbers, as SplitMix64 does."""
+    x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shifted(x, 31)
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:

@@ -151,19 +151,19 @@ class Rows:
             arena.state[name].values[places] = values
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything, without slack."""
-        arenas = [{name: t.values.clone() for name, t in arena.tensors.items()} for arena in self._arenas]
-        entries = {"sizes": self._sizes.values.clone(), "places": self._places.values.clone()}
+        """Return everything."""
+        arenas = [{name: tensor.state_dict() for name, tensor in arena.tensors.items()} for arena in self._arenas]
+        entries = {"sizes": self._sizes.state_dict(), "places": self._places.state_dict()}
         return {"steps": self.steps, "arenas": arenas, **entries}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from ``state``."""
         self.steps = state["steps"]
-        self._sizes.load(state["sizes"])
-        self._places.load(state["places"])
+        self._sizes.load_state_dict(state["sizes"])
+        self._places.load_state_dict(state["places"])
         for arena, values in zip(self._arenas, state["arenas"], strict=True):
             for name, tensor in arena.tensors.items():
-                tensor.load(values[name])
+                tensor.load_state_dict(values[name])
 
     def _tensors(self) -> Iterator[GrowingTensor]:
         yield from (self._sizes, self._places)

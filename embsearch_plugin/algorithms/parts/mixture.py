@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embsearch_plugin.algorithms.esapn import check_candidates, widths_within
@@ -12,9 +12,6 @@ from embsearch_plugin.collection import Table
 from embsearch_plugin.streaming.base import StreamAlgorithm, StreamConfig
 from embsearch_plugin.streaming.forms import Entries, RowForm
 from embsearch_plugin.streaming.rows import Piece
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +60,19 @@ class Mixture(RowForm):
 
     def forward(self, pieces: Sequence[Piece], entries: Entries) -> Tensor:
         """Return the weighted sums."""
-        weights = self.weigh(entries)
+        weights = self.weigh(entries).to(pieces[0].rows.device)
         weights = weights if entries.searching else weights.detach()
         parts = pieces[0].rows.split(self.sizes, dim=1)
-        mapped = [torch.tanh(self.norm(step(part))) for step, part in zip(self.maps, parts, strict=True)]
+        mapped = [torch.tanh(self._normed(step(part))) for step, part in zip(self.maps, parts, strict=True)]
         return torch.stack([weight[:, None] * each for weight, each in zip(weights.unbind(1), mapped, strict=True)]).sum(0)
+
+    def _normed(self, mapped: Tensor) -> Tensor:
+        """Normalize over the ids of the batch, (n, D); of fewer than two, by what was learned so far."""
+        norm = self.norm
+        if len(mapped) < 2:
+            return F.batch_norm(mapped, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+        normed: Tensor = norm(mapped)
+        return normed
 
 
 class SoftSearch(StreamAlgorithm):
