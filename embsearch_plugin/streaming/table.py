@@ -150,19 +150,19 @@ class GrowingTable:
         """
         pieces = self.rows.read(entries)
         if training:
-            self.rows.steps += 1
-            pieces = [self._trained(entries, piece) for piece in pieces]
+            step = self.rows.steps + 1  # taken where a backward pass follows
+            pieces = [self._trained(entries, piece, step) for piece in pieces]
         pieces = [Piece(piece.size, piece.positions.to(device), piece.rows.to(device)) for piece in pieces]
         output: Tensor = self.form(pieces, Entries(entries, self.counts(entries), searching))
         return output
 
-    def _trained(self, entries: Tensor, piece: Piece) -> Piece:
+    def _trained(self, entries: Tensor, piece: Piece, step: int) -> Piece:
         own, size = entries[piece.positions], piece.size
 
         def train(leaf: Tensor) -> None:
             gradient, leaf.grad = leaf.grad, None
             if gradient is not None:
-                self.rows.train(own, size, gradient)
+                self.rows.train(own, size, gradient, step)
 
         leaf = piece.rows.requires_grad_()
         leaf.register_post_accumulate_grad_hook(train)

@@ -22,8 +22,7 @@ def gradients() -> list[tuple[Tensor, Tensor]]:
 def trained(rows: Rows, weights: Tensor) -> Tensor:
     rows.add(weights)
     for entries, gradient in gradients():
-        rows.steps += 1
-        rows.train(entries, 0, gradient)
+        rows.train(entries, 0, gradient, rows.steps + 1)
     return rows.read(torch.arange(N))[0].rows
 
 
@@ -54,8 +53,7 @@ def test_row_wise_adagrad_is_fbgemms() -> None:
         entries = torch.randperm(N, generator=random)[:7].sort().values
         gradient = torch.randn(7, 8, generator=random)
         (kernel(entries, torch.arange(8)) * gradient).sum().backward()
-        rows.steps += 1
-        rows.train(entries, 0, gradient)
+        rows.train(entries, 0, gradient, rows.steps + 1)
     got = rows.read(torch.arange(N))[0].rows
     torch.testing.assert_close(got, kernel.split_embedding_weights()[0], rtol=1e-5, atol=1e-6)
     sums = rows._arenas[0].state["sum"].values
@@ -68,6 +66,5 @@ def test_a_gradient_of_zero_moves_nothing_and_is_no_nan(optimizer: RowAdam | Row
     rows = Rows((D,), optimizer)
     weights = torch.randn(3, D)
     rows.add(weights)
-    rows.steps += 1
-    rows.train(torch.arange(3), 0, torch.zeros(3, D))
+    rows.train(torch.arange(3), 0, torch.zeros(3, D), 1)
     assert torch.equal(rows.read(torch.arange(3))[0].rows, weights)

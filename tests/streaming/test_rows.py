@@ -76,11 +76,10 @@ def test_it_is_a_dict_of_vectors(data: st.DataObject, name: str, seed: int) -> N
         order = torch.randperm(len(slow.rows), generator=random)
         read = order[: len(order) * 2 // 3]
         size = data.draw(st.integers(0, 2))
-        rows.steps += 1
         taken = rows.read(read)[size]
         gradients = torch.randn(len(taken.positions), WIDTHS[size], generator=random)
         grow(rows, slow, order[: len(order) // 2], random)  # between reading and training, entries and others move
-        rows.train(read[taken.positions], size, gradients)
+        rows.train(read[taken.positions], size, gradients, rows.steps + 1)
         for entry, gradient in zip(read[taken.positions].tolist(), gradients, strict=True):
             if slow.sizes[entry] == size:
                 slow.train(entry, gradient, rows.steps)
@@ -102,8 +101,7 @@ def grow(rows: Rows, slow: Slow, entries: Tensor, random: torch.Generator) -> No
 def test_a_number_per_row_is_kept_when_it_grows_and_moments_start_anew(name: str, kept: bool) -> None:
     rows = Rows(WIDTHS, OPTIMIZERS[name])
     rows.add(torch.randn(4, 2))
-    rows.steps += 1
-    rows.train(torch.arange(4), 0, torch.ones(4, 2))
+    rows.train(torch.arange(4), 0, torch.ones(4, 2), 1)
     rows.widen(torch.tensor([2]), 1, torch.randn(1, 3))
     for tensor in rows._arenas[1].state.values():
         assert bool(tensor.values.any()) is kept
@@ -116,8 +114,7 @@ def test_what_is_read_is_a_copy_and_training_touches_no_other_row() -> None:
     rows.add(torch.randn(5, 2))
     before = rows.read(torch.arange(5))[0].rows
     kept = before.clone()
-    rows.steps += 1
-    rows.train(torch.tensor([3, -1, 1]), 0, torch.ones(3, 2))
+    rows.train(torch.tensor([3, -1, 1]), 0, torch.ones(3, 2), 1)
     assert torch.equal(before, kept)
     changed = (rows.read(torch.arange(5))[0].rows != kept).all(1)
     assert changed.tolist() == [False, True, False, True, False]
@@ -133,9 +130,10 @@ def test_a_state_goes_on_to_the_same_bits_and_bytes(name: str) -> None:
             target.add(torch.randn(7, 2, generator=random))
             entries = torch.randperm(len(target), generator=random)[:9]
             grow(target, _Deaf(), entries, random)
-            target.steps += 1
+            step = target.steps + 1
             for piece in target.read(entries):
-                target.train(entries[piece.positions], piece.size, torch.randn(piece.rows.shape, generator=random))
+                target.train(entries[piece.positions], piece.size, torch.randn(piece.rows.shape, generator=random), step)
+            assert target.steps == step
 
     work(rows, random)
     other.load_state_dict(rows.state_dict())
