@@ -283,7 +283,7 @@ class StreamSession:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state``; call after ``attach``, so that the batches of the past go on where they were.
+        """Go on from ``state``; call after ``attach``, when the past is what it was, so that its batches go on where they were.
 
         Raises:
             SessionError: where it is of another algorithm, or of other tables.

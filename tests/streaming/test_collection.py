@@ -1,6 +1,7 @@
 """The streaming collection: against a plain EmbeddingBagCollection whose rows are the same."""
 
 import copy
+import pickle
 from dataclasses import replace
 from typing import Any
 
@@ -209,3 +210,13 @@ def test_a_copy_of_the_model_is_a_model_of_its_own(algorithm: str) -> None:
     before = everything(session)
     copied.train()(batch)[0].backward()
     assert all(torch.equal(a, b) for a, b in zip(before, everything(session), strict=True))
+
+
+@pytest.mark.parametrize("algorithm", STREAMS)
+def test_a_pickled_model_has_no_session_and_answers_the_same(algorithm: str) -> None:
+    model, _, _ = streamed(PLAIN, algorithm=algorithm)
+    batch = PLAIN.batch(seed=50)
+    loaded = pickle.loads(pickle.dumps(model))
+    assert torch.equal(loaded.eval()(batch)[1][1], model.eval()(batch)[1][1])
+    with pytest.raises(es.EmbsearchError, match="no search"):
+        es.session(loaded)
