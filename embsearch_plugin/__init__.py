@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from embsearch_plugin.saving import apply, load, save
     from embsearch_plugin.search.session import Session
     from embsearch_plugin.space import SearchSpace
+    from embsearch_plugin.streaming.replay import Replay
+    from embsearch_plugin.streaming.session import StreamSession
 
 _HOMES = {
     "AutoDim": "algorithms.autodim",
@@ -47,11 +49,13 @@ _HOMES = {
     "Mde": "algorithms.mde",
     "Nis": "algorithms.nis",
     "Random": "algorithms.random",
+    "Replay": "streaming.replay",
     "Sam": "algorithms.sam",
     "SearchSpace": "space",
     "Session": "search.session",
     "SizePlan": "plan",
     "Spectral": "algorithms.spectral",
+    "StreamSession": "streaming.session",
     "Uniform": "algorithms.uniform",
     "apply": "saving",
     "hookimpl": "hookspecs",
@@ -76,11 +80,13 @@ __all__ = [
     "Mde",
     "Nis",
     "Random",
+    "Replay",
     "Sam",
     "SearchSpace",
     "Session",
     "SizePlan",
     "Spectral",
+    "StreamSession",
     "Uniform",
     "apply",
     "hookimpl",

@@ -25,14 +25,15 @@ class StreamConfig(AlgorithmConfig):
     Args:
         warm_up: weight steps before the first search step.
         rows: what trains the rows, ``adam`` or ``rowwise_adagrad``; the loop's optimizer trains the rest of the model.
-        row_lr: its learning rate.
+        row_lr: its learning rate. A row moves only where it is looked up; Adam on a whole table goes on moving it afterwards,
+            about ten times as far in all, so this is larger than what that would have.
         init_std: standard deviation of the normal numbers that new rows hold.
     """
 
     streams: ClassVar[bool] = True
     warm_up: int = 1
     rows: Literal["adam", "rowwise_adagrad"] = "adam"
-    row_lr: float = 0.001
+    row_lr: float = 0.01
     init_std: float = 0.01
 
     def __post_init__(self) -> None:

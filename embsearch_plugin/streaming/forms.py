@@ -67,6 +67,10 @@ class Chain(RowForm):
 
     A row that grows starts as the map of what it was, so that its output stays the same.
 
+    Maps start as ones that keep angles and the size of a number, without bias: a row of the smallest width then differs from
+    another as much as one of the largest. (PyTorch's own start shrinks it at every map, beside biases that are alike for all;
+    the paper does not say how maps start.)
+
     Args:
         widths: ascending; the last is the table's own.
     """
@@ -74,7 +78,7 @@ class Chain(RowForm):
     def __init__(self, widths: Sequence[int]) -> None:
         super().__init__()
         self.widths = tuple(widths)
-        self.maps = nn.ModuleList(nn.Linear(narrow, wide) for narrow, wide in pairwise(widths))
+        self.maps = nn.ModuleList(_keeping_size(narrow, wide) for narrow, wide in pairwise(widths))
 
     def forward(self, pieces: Sequence[Piece], entries: Entries) -> Tensor:
         """Return the rows, each mapped as often as it takes."""
@@ -101,3 +105,10 @@ class Chain(RowForm):
     def linear_maps(self) -> list[nn.Linear]:
         """The maps, the one from the first width first."""
         return [step for step in self.maps if isinstance(step, nn.Linear)]
+
+
+def _keeping_size(narrow: int, wide: int) -> nn.Linear:
+    step = nn.Linear(narrow, wide)
+    nn.init.orthogonal_(step.weight, gain=(wide / narrow) ** 0.5)
+    nn.init.zeros_(step.bias)
+    return step

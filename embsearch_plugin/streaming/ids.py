@@ -1,6 +1,8 @@
 """A map from ids, any 64-bit integers, to entry numbers 0, 1, 2, ... in the order in which they came."""
 
 from collections.abc import Mapping
+from itertools import count
+from math import isqrt
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 from embsearch_plugin.streaming.growing import GrowingTensor
 
 _FREE = -1
-_FULLEST = 0.85  # of the slots in use; then they are dealt anew, with half as many again as entries
+_FULLEST = 0.85  # of the slots in use; then they are dealt anew, with at most half as many again as entries
 
 
 class IdMap:
@@ -21,7 +23,7 @@ class IdMap:
 
     def __init__(self) -> None:
         self._ids = GrowingTensor((), torch.int64)
-        self._slots = torch.full((8,), _FREE, dtype=torch.int32, device="cpu")
+        self._slots = _free(_prime(11))
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -79,45 +81,52 @@ class IdMap:
     def _enter(self, first: int) -> None:
         """Give the entries from ``first`` on their slots."""
         if len(self) > _FULLEST * len(self._slots):
-            self._deal(max(3 * len(self) // 2, 8))
+            self._deal(_prime(max(3 * len(self) // 2, 11)))
         else:
             self._place(torch.arange(first, len(self)))
 
     def _deal(self, slots: int) -> None:
         """Give all entries their slots anew."""
-        self._slots = torch.full((slots,), _FREE, dtype=torch.int32, device="cpu")
+        self._slots = _free(slots)
         self._place(torch.arange(len(self)))
 
     def _probe(self, ids: Tensor) -> Tensor:
         """Return the entry of each id, or -1: the slots of its sequence are read until it, or a free one, is found."""
-        found, open_, probe = torch.full_like(ids, _FREE), torch.arange(len(ids)), 0
+        found, open_ = torch.full_like(ids, _FREE), torch.arange(len(ids))
+        slots, steps = self._sequence(ids)
         while len(open_):
-            entries = self._slots[self._slot(ids[open_], probe)].long()
+            entries = self._slots[slots].long()
             taken = entries != _FREE
             same = taken & (self.ids[entries.clamp(min=0)] == ids[open_]) if len(self) else taken
             found[open_[same]] = entries[same]
-            open_, probe = open_[taken & ~same], probe + 1
+            left = (taken & ~same).nonzero().flatten()
+            open_, steps = open_[left], steps[left]
+            slots = (slots[left] + steps) % len(self._slots)
         return found
 
     def _place(self, entries: Tensor) -> None:
         """Write each entry to the first free slot of its sequence; where two meet, one of them goes on."""
-        probe = 0
+        slots, steps = self._sequence(self.ids[entries])
         while len(entries):
-            slots = self._slot(self.ids[entries], probe)
             free = self._slots[slots] == _FREE
             self._slots[slots[free]] = entries[free].int()
-            entries, probe = entries[self._slots[slots] != entries], probe + 1
+            left = (self._slots[slots] != entries).nonzero().flatten()
+            entries, steps = entries[left], steps[left]
+            slots = (slots[left] + steps) % len(self._slots)
 
-    def _slot(self, ids: Tensor, probe: int) -> Tensor:
-        """Return the slot of each id at one place of its sequence.
+    def _sequence(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the first slot of each id, and the step to the next ones: their number is prime, so all are reached."""
+        slots = len(self._slots)
+        return _mixed(ids) % slots, 1 + _mixed(~ids) % (slots - 1)
 
-        Ids are mixed before the place is added: else those that are multiples of the step would follow each other's sequence.
-        """
-        return _mixed(_mixed(ids) + _signed(probe * 0x9E3779B97F4A7C15)) % len(self._slots)
+
+def _free(slots: int) -> Tensor:
+    """Return slots with nothing in them, on the host."""
+    return torch.full((slots,), _FREE, dtype=torch.int32, device="cpu")
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """Mix the bits of 64-bit numbers, as SplitMix64 does."""
+    """Return the bits of integers thoroughly mixed: the end of SplitMix64."""
     x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
     return x ^ _shifted(x, 31)
@@ -129,5 +138,10 @@ def _shifted(x: Tensor, bits: int) -> Tensor:
 
 
 def _signed(x: int) -> int:
-    """Return the low 64 bits, as a signed number."""
+    """Return 64 bits as a signed number."""
     return (x + 2**63) % 2**64 - 2**63
+
+
+def _prime(most: int) -> int:
+    """Return the largest prime that is at most this, so that no more is held than the slack allows."""
+    return next(n for n in count(most, -1) if all(n % d for d in range(2, isqrt(n) + 1)))

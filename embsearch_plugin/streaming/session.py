@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any, cast
 from weakref import ref
@@ -210,7 +210,11 @@ class StreamSession:
         self.step_count += 1
         since = self.step_count - self.config.warm_up
         if self._past is not None and since >= 0 and since % self.config.every == 0:
-            self.step(self._past.next())
+            try:
+                batch = self._past.next()
+            except AttachError:  # nothing is past yet
+                return
+            self.step(batch)
 
     def _scored(self, output: Any) -> None:
         """The model was run by its owner: in training, tell the algorithm the examples' losses."""
@@ -299,7 +303,8 @@ class StreamSession:
         self.step_count, self.search_steps = state["step_count"], state["search_steps"]
         self._ceiling.stopped = state["stopped"]
         if self._past is not None and state["past"] is not None:
-            self._past.load_state_dict(state["past"])
+            with suppress(AttachError):  # nothing is past in this process
+                self._past.load_state_dict(state["past"])
 
     def _fingerprint(self) -> list[str]:
         return [self.config.name, repr(self.config), *(f"{spec} x {spec.dim}" for spec in self.specs)]

@@ -9,18 +9,40 @@ from torch import Tensor
 from embsearch_plugin.streaming.ids import IdMap
 
 ANY = st.one_of(st.integers(-5, 60), st.integers(-(2**63), 2**63 - 1))
-GOLDEN = 0x9E3779B97F4A7C15  # what one place of a probing sequence is from the next
+GOLDEN = 0x9E3779B97F4A7C15  # 2**64 by the golden ratio
+
+
+class Watched:
+    """Slots that count how often they are read, and in how many rounds."""
+
+    def __init__(self, slots: Tensor, owner: "Counting") -> None:
+        self.slots, self.owner = slots, owner
+        self.nbytes, self.itemsize = slots.nbytes, slots.itemsize
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    def __getitem__(self, places: Tensor) -> Tensor:
+        self.owner.probed += len(places)
+        self.owner.rounds += 1
+        return self.slots[places]
+
+    def __setitem__(self, places: Tensor, entries: Tensor) -> None:
+        self.slots[places] = entries
 
 
 class Counting(IdMap):
-    """Counts how many ids were probed, over all probes."""
+    """Counts how many slots are read."""
 
-    probed, longest = 0, 0
+    probed, rounds = 0, 0
 
-    def _slot(self, ids: Tensor, probe: int) -> Tensor:
-        self.probed += len(ids)
-        self.longest = max(self.longest, probe)
-        return super()._slot(ids, probe)
+    @property
+    def _slots(self) -> Watched:
+        return self._watched
+
+    @_slots.setter
+    def _slots(self, slots: Tensor) -> None:
+        self._watched = Watched(slots, self)
 
 
 @given(st.lists(st.lists(ANY, max_size=40, unique=True), max_size=12), st.lists(ANY, max_size=20))
@@ -53,25 +75,25 @@ def test_from_eight_ids_on_the_slack_is_bounded(step: int) -> None:
             assert ids.used_bytes < ids.held_bytes <= 1.25 * ids.used_bytes
 
 
-@pytest.mark.parametrize("kind", ["in a row", "random", "along a sequence", "powers"])
+@pytest.mark.parametrize("kind", ["in a row", "random", "multiples", "powers"])
 def test_a_lookup_takes_as_many_probes_however_many_ids_there_are(kind: str) -> None:
     for count in (1_000, 30_000):
         numbers = torch.arange(count)
         admitted = {
             "in a row": numbers,
             "random": torch.randint(-(2**62), 2**62, (count,)).unique(),
-            "along a sequence": numbers * (GOLDEN - 2**64),  # each begins where the one before goes on
+            "multiples": numbers * (GOLDEN - 2**64),  # as of ids that were hashed by multiplication
             "powers": numbers << 40,
         }[kind]
         ids = Counting()
         ids.admit(admitted)
-        ids.probed = 0
+        ids.probed = ids.rounds = 0
         assert (ids.find(admitted) >= 0).all()
         assert ids.probed < 6 * len(admitted)
-        ids.probed = 0
+        ids.probed = ids.rounds = 0
         assert (ids.find(admitted[:1000] * 3 + 2**61 + 1) == -1).all()
         assert ids.probed < 14 * 1000
-        assert ids.longest < 150
+        assert ids.rounds < 150
 
 
 @pytest.mark.parametrize(("count", "together"), [(1_500, 3), (20_000, 50)])
@@ -79,7 +101,7 @@ def test_admitting_takes_a_constant_number_of_probes_per_id(count: int, together
     ids = Counting()
     for first in range(0, count, together):
         ids.admit(torch.arange(first, first + together))
-    assert ids.probed < 25 * count  # dealing all anew each time would take hundreds
+    assert ids.probed < 40 * count  # dealing all anew each time would take hundreds
 
 
 def test_a_state_has_its_room_too() -> None:

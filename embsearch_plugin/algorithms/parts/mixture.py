@@ -40,7 +40,8 @@ class SoftConfig(StreamConfig):
 class Mixture(RowForm):
     """The weighted sum over sizes n of tanh(batch norm(W_n e_n + b_n)), each D wide.
 
-    An id's rows of all sizes lie side by side. All sizes share the batch norm of their table, as in the authors' code.
+    An id's rows of all sizes lie side by side. Each size has a batch norm of its own: the authors' code shares one, and always
+    uses the batch's statistics; running ones over all sizes would fit none of them in evaluation mode.
 
     Args:
         sizes: those that are mixed, ascending; the last is D.
@@ -56,23 +57,25 @@ class Mixture(RowForm):
         super().__init__()
         self.sizes, self.widths = list(sizes), (sum(sizes),)
         self.maps = nn.ModuleList(nn.Linear(size, sizes[-1]) for size in sizes)
-        self.norm = nn.BatchNorm1d(sizes[-1])
+        self.norms = nn.ModuleList(nn.BatchNorm1d(sizes[-1]) for _ in sizes)
 
     def forward(self, pieces: Sequence[Piece], entries: Entries) -> Tensor:
         """Return the weighted sums."""
         weights = self.weigh(entries).to(pieces[0].rows.device)
         weights = weights if entries.searching else weights.detach()
         parts = pieces[0].rows.split(self.sizes, dim=1)
-        mapped = [torch.tanh(self._normed(step(part))) for step, part in zip(self.maps, parts, strict=True)]
+        steps = zip(self.maps, self.norms, parts, strict=True)
+        mapped = [torch.tanh(_normed(norm, step(part))) for step, norm, part in steps]
         return torch.stack([weight[:, None] * each for weight, each in zip(weights.unbind(1), mapped, strict=True)]).sum(0)
 
-    def _normed(self, mapped: Tensor) -> Tensor:
-        """Normalize over the ids of the batch, (n, D); of fewer than two, by what was learned so far."""
-        norm = self.norm
-        if len(mapped) < 2:
-            return F.batch_norm(mapped, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
-        normed: Tensor = norm(mapped)
-        return normed
+
+def _normed(norm: nn.Module, mapped: Tensor) -> Tensor:
+    """Normalize over the ids of the batch, (n, D); fewer than two teach nothing, and what was learned so far serves them."""
+    assert isinstance(norm, nn.BatchNorm1d)
+    if len(mapped) < 2:
+        return F.batch_norm(mapped, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+    normed: Tensor = norm(mapped)
+    return normed
 
 
 class SoftSearch(StreamAlgorithm):

@@ -16,10 +16,11 @@ def mixture(n: int, *, training: bool = True) -> tuple[Mixture, Piece, Tensor]:
     form = Mixture(SIZES).double().train(training)
     weights = torch.randn(n, 3, dtype=torch.float64).softmax(1).requires_grad_()
     form.weigh = lambda entries: weights
-    torch.nn.init.normal_(form.norm.weight)
-    torch.nn.init.normal_(form.norm.bias)
-    form.norm.running_mean.normal_()
-    form.norm.running_var.uniform_(0.5, 2)
+    for norm in form.norms:
+        torch.nn.init.normal_(norm.weight)
+        torch.nn.init.normal_(norm.bias)
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
     rows = torch.randn(n, sum(SIZES), dtype=torch.float64, requires_grad=True)
     return form, Piece(0, torch.arange(n), rows), weights
 
@@ -30,8 +31,8 @@ def entries(n: int, searching: bool = False) -> Entries:
 
 def slow(form: Mixture, rows: Tensor, weights: Tensor, *, by_batch: bool) -> Tensor:
     """The weighted sum over sizes n of tanh(batch norm(W_n e_n + b_n)), number by number."""
-    outputs, start, norm = torch.zeros(len(rows), SIZES[-1], dtype=torch.float64), 0, form.norm
-    for number, size in enumerate(SIZES):
+    outputs, start = torch.zeros(len(rows), SIZES[-1], dtype=torch.float64), 0
+    for number, (size, norm) in enumerate(zip(SIZES, form.norms, strict=True)):
         mapped = torch.stack([form.maps[number].weight @ row + form.maps[number].bias for row in rows[:, start : start + size]])
         mean, var = (mapped.mean(0), mapped.var(0, correction=0)) if by_batch else (norm.running_mean, norm.running_var)
         normed = (mapped - mean) / (var + norm.eps).sqrt() * norm.weight + norm.bias
@@ -44,10 +45,11 @@ def slow(form: Mixture, rows: Tensor, weights: Tensor, *, by_batch: bool) -> Ten
 def test_outputs_are_weighted_sums(n: int, training: bool) -> None:
     """One id alone has no spread, so it is normalized by what was learned so far."""
     form, piece, weights = mixture(n, training=training)
-    learned = form.norm.running_mean.clone()
+    learned = [norm.running_mean.clone() for norm in form.norms]
     expected = slow(form, piece.rows, weights, by_batch=training and n > 1) if n else torch.zeros(0, 4, dtype=torch.float64)
     torch.testing.assert_close(form([piece], entries(n)), expected)
-    assert torch.equal(form.norm.running_mean, learned) is not (training and n > 1)
+    for norm, before in zip(form.norms, learned, strict=True):
+        assert torch.equal(norm.running_mean, before) is not (training and n > 1)
 
 
 def test_gradients_are_right_for_rows_and_parameters_and_weights_have_none() -> None:
