@@ -170,6 +170,7 @@ class StreamSession:
             AttachError: where a step hook cannot fire, an optimizer trains the tables that growing ones replaced, or the
                 algorithm learns from past batches and none are given.
         """
+        self._check_not_over()
         optimizers = list(dict.fromkeys(optimizer)) if isinstance(optimizer, Sequence) else [optimizer]
         if self._steps:
             raise AttachError("this session is attached already; call detach() first.")
@@ -202,6 +203,7 @@ class StreamSession:
 
     def step(self, batch: Any) -> Mapping[str, float]:
         """Take one search step by hand on a batch of the past; return its metrics."""
+        self._check_not_over()
         metrics = self.algorithm.search_step(self, batch)
         self.search_steps += 1
         return metrics
@@ -234,6 +236,7 @@ class StreamSession:
         Raises:
             SessionError: where ids came that a table has no rows for.
         """
+        self._check_not_over()
         return SizePlan(tuple(plan_of(table) for table in self.tables), align=1)
 
     def compact(self, plan: SizePlan) -> nn.Module:
@@ -271,6 +274,10 @@ class StreamSession:
         for handle in self._handles:
             handle.remove()
         self.model.__dict__.pop(ATTRIBUTE, None)
+
+    def _check_not_over(self) -> None:
+        if self.model.__dict__.get(ATTRIBUTE) is not self:
+            raise SessionError("this stream is over: its model was compacted. Prepare a model built anew.")
 
     # Checkpoints.
 

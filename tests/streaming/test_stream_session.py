@@ -356,3 +356,11 @@ def test_a_batch_of_one_id_trains_every_algorithm() -> None:
         batch = PLAIN.batch(4, seed=3)
         batch.sparse_features.values()[:] = 7
         assert train(model, optimizer, [batch])[0] > 0
+
+
+def test_what_is_over_is_over() -> None:
+    _, session, optimizer = streamed(PLAIN)
+    session.compact(session.derive())
+    for use in (session.derive, lambda: session.step(PLAIN.batch(seed=1)), lambda: session.attach(optimizer, [])):
+        with pytest.raises(SessionError, match="this stream is over"):
+            use()
