@@ -15,6 +15,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 import embsearch_plugin as es
 from embsearch_plugin.compact.collection import CompactEmbeddingBagCollection
 from embsearch_plugin.plugins import algorithms
+from embsearch_plugin.streaming.session import StreamSession
 
 SEARCHES = sorted(name for name, config in algorithms().items() if not config.streams)
 STREAMS = sorted(name for name, config in algorithms().items() if config.streams)
@@ -159,3 +160,25 @@ def stored_bytes(model: nn.Module) -> int:
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).detach().abs().max() / expected.detach().abs().max().clamp(min=1e-12))
+
+
+def streamed(
+    world: World = PLAIN, steps: int = 8, algorithm: Any = "esapn", size: int = 32, **options: Any
+) -> tuple[Task, StreamSession, torch.optim.Optimizer]:
+    """Train a world's task as a stream; return model, session and optimizer."""
+    model = task(world)
+    config = algorithms()[algorithm](**STREAMING.get(algorithm, {}), row_lr=0.05) if isinstance(algorithm, str) else algorithm
+    session = es.prepare(model, algorithm=config, **options)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    session.attach(optimizer, validation=[world.batch(size, seed=900 + i) for i in range(3)])
+    train(model, optimizer, (world.batch(size, seed=i) for i in range(steps)))
+    return model, session, optimizer
+
+
+STREAMING: dict[str, dict[str, Any]] = {
+    "esapn": {"candidates": (1, 3, 8), "hidden": 16, "lr": 0.05, "init_std": 0.5},
+    "autoemb": {"candidates": (1, 3), "hidden": 16, "lr": 0.05, "init_std": 0.5},
+    "darts": {"candidates": (1, 3), "lr": 0.05, "init_std": 0.5},
+    "fixed": {"init_std": 0.5},
+}
+"""Settings of algorithms on streams, for tables of few columns and few steps."""

@@ -16,6 +16,7 @@ from embsearch_plugin.compact.collection import CompactEmbeddingBagCollection
 from embsearch_plugin.errors import UnsupportedCollection
 from embsearch_plugin.hookspecs import hookimpl
 from embsearch_plugin.plan import TablePlan
+from embsearch_plugin.streaming.collection import StreamingEmbeddingBagCollection
 from embsearch_plugin.supernet.forms import Form
 from embsearch_plugin.supernet.searchable import SearchableEmbeddingBagCollection
 
@@ -79,7 +80,7 @@ def _dtype_of(module: EmbeddingBagCollection, table: str) -> torch.dtype:
 
 def _refuse(path: str, module: nn.Module) -> None:
     """Raise for a collection that must not be searched; ``path`` is where the model holds it."""
-    if isinstance(module, SearchableEmbeddingBagCollection):
+    if isinstance(module, SearchableEmbeddingBagCollection | StreamingEmbeddingBagCollection):
         raise UnsupportedCollection(f"{path!r} is being searched already. Use es.session(model), or build a new model.")
     if isinstance(module, CompactEmbeddingBagCollection):
         raise UnsupportedCollection(f"{path!r} is compact already. Search a model built anew: build_model.original().")

@@ -12,16 +12,18 @@ Differences:
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from embsearch_plugin.algorithms.base import AlgorithmConfig
 from embsearch_plugin.algorithms.esapn import FREQUENCY_WIDTH
 from embsearch_plugin.algorithms.parts.mixture import Mixture, SoftConfig, SoftSearch
 from embsearch_plugin.hookspecs import hookimpl
 from embsearch_plugin.randomness import private_random
+from embsearch_plugin.streaming.forms import Entries
 from embsearch_plugin.streaming.table import GrowingTable
 
 if TYPE_CHECKING:
@@ -73,7 +75,7 @@ class AutoEmbSearch(SoftSearch):
             nn.Linear(self.config.hidden, len(table.form.sizes)),
             nn.Softmax(dim=1),
         )
-        table.form.weigh = lambda entries: controller(entries.counts.clamp(max=self.config.frequencies))
+        table.form.weigh = partial(_weights, controller, self.config.frequencies)
         return controller
 
     def search_step(self, session: "StreamSession", batch: Any) -> Mapping[str, float]:
@@ -93,6 +95,12 @@ class AutoEmbSearch(SoftSearch):
         """Go on from ``state``."""
         self._controllers.load_state_dict(state["controllers"])
         self._optimizer.load_state_dict(state["optimizer"])
+
+
+def _weights(controller: nn.Module, most: int, entries: Entries) -> Tensor:
+    """Return what a controller makes of the frequencies of the entries, (n, N)."""
+    weights: Tensor = controller(entries.counts.clamp(max=most))
+    return weights
 
 
 @hookimpl

@@ -143,7 +143,11 @@ class EsapnSearch(StreamAlgorithm):
         """Train every policy network by one step (Eq. 7)."""
         outcome = session.evaluate(batch)
         losses = example_losses(outcome.logits, outcome.labels).cpu()
-        rewards = [self._train(table, lookup, losses) for table, lookup in zip(session.tables, session.lookups, strict=True)]
+        looked_up = list(zip(session.tables, session.lookups, strict=True))
+        rewards = [self._train(table, lookup, losses) for table, lookup in looked_up]
+        if not session.knows_losses:  # the past is where losses can be seen
+            for table, lookup in looked_up:
+                self.scored(table, lookup, losses)
         return {"reward": sum(rewards) / len(rewards)}
 
     def _train(self, table: GrowingTable, lookup: Lookup, losses: Tensor) -> float:

@@ -55,7 +55,7 @@ class Stream:
 
 
 class Past:
-    """Batches drawn from what has flowed by, each transaction as likely as the other; every iteration begins with a new one.
+    """What has flowed by: every iteration is one batch drawn from it, each transaction as likely as the other.
 
     Args:
         stream: where they are drawn from.
@@ -72,7 +72,7 @@ class Past:
 
     def __iter__(self) -> Iterator[Batch]:
         random = np.random.default_rng((self._seed, self.seen))
-        while self.seen:
+        if self.seen:
             yield self._stream.batch(torch.from_numpy(random.integers(self.seen, size=self._size)))
 
 

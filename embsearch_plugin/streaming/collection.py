@@ -110,7 +110,7 @@ class StreamingEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         ids, inverse, times = torch.cat([each.ids for each in bags]).unique(return_inverse=True, return_counts=True)
         training = self.training and torch.is_grad_enabled() and not self._own
         entries = self._admitted(table, ids, times) if training else table.find(ids)
-        outputs = table.read(entries, training=training, searching=self._searching).to(self.device)
+        outputs = table.read(entries, self.device, training=training, searching=self._searching)
         self.lookups.append(Lookup(entries[inverse], torch.cat([each.examples.cpu() for each in bags])))
         base = table.form.base()
         outputs = self._centred(outputs, entries, base)
@@ -130,8 +130,8 @@ class StreamingEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     def _centred(self, outputs: Tensor, entries: Tensor, base: Tensor | None) -> Tensor:
         """Return how far outputs are from the base; those of ids that are not there are at it."""
         centred = outputs if base is None else outputs - base
-        known = (entries >= 0).to(centred.device)
-        return centred if bool(known.all()) else torch.where(known[:, None], centred, 0.0)
+        known = entries >= 0
+        return centred if bool(known.all()) else torch.where(known.to(centred.device)[:, None], centred, 0.0)
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class RowForm(nn.Module):
         return None
 
     def widened(self, size: int, rows: Tensor) -> Tensor:
-        """Return the first rows (n, widths[size]) of entries that had ``rows`` (n, widths[size - 1])."""
+        """Return the first rows (n, widths[size]) of entries that had ``rows`` (n, widths[size - 1]); both on the host."""
         raise NotImplementedError
 
 
@@ -83,25 +83,28 @@ class Chain(RowForm):
     def forward(self, pieces: Sequence[Piece], entries: Entries) -> Tensor:
         """Return the rows, each mapped as often as it takes."""
         rows = pieces[0].rows
-        for step, piece in zip(self.maps, pieces[1:], strict=True):
+        for step, piece in zip(self.linear_maps, pieces[1:], strict=True):
             rows = torch.cat([step(rows), piece.rows])
         positions = torch.cat([piece.positions for piece in pieces])
         return torch.empty_like(rows).index_copy(0, positions, rows)
 
-    def base(self) -> Tensor:
+    def base(self) -> Tensor | None:
         """Return what zeros of the first width become."""
-        return self.from_width(0, torch.zeros(1, self.widths[0]))[0]
+        output: Tensor | None = None
+        for step in self.linear_maps:
+            output = step.bias if output is None else step(output)
+        return output
 
     def widened(self, size: int, rows: Tensor) -> Tensor:
         """Return the rows, mapped once."""
-        mapped: Tensor = self.maps[size - 1](rows)
+        step = self.linear_maps[size - 1]
+        mapped: Tensor = step(rows.to(step.weight.device)).cpu()
         return mapped
 
-    def from_width(self, size: int, rows: Tensor) -> Tensor:
-        """Return the outputs (n, D) of rows of one width."""
-        for step in self.maps[size:]:
-            rows = step(rows)
-        return rows
+    @property
+    def linear_maps(self) -> list[nn.Linear]:
+        """The maps, the one from the first width first."""
+        return [step for step in self.maps if isinstance(step, nn.Linear)]
 
 
 def _keeping_size(narrow: int, wide: int) -> nn.Linear:

@@ -1,7 +1,8 @@
 """Tensors that grow and shrink at their end, with a bounded slack."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,8 +62,12 @@ class GrowingTensor:
             self._held[self._used : rows] = self._fill
         self._used = rows
 
-    def load(self, values: Tensor) -> None:
-        """Hold a copy of ``values`` instead."""
-        self.resize(0)
-        self.resize(len(values))
-        self.values.copy_(values)
+    def state_dict(self) -> dict[str, Any]:
+        """Return the rows in use, and for how many there is room."""
+        return {"values": self.values.clone(), "capacity": len(self._held)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state``."""
+        self._used = len(state["values"])
+        self._held = self._held.new_empty(state["capacity"], *self.shape)
+        self.values.copy_(state["values"])

@@ -1,7 +1,9 @@
 """A map from ids, any 64-bit integers, to entry numbers 0, 1, 2, ... in the order in which they came."""
 
+from collections.abc import Mapping
 from itertools import count
 from math import isqrt
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from embsearch_plugin.streaming.growing import GrowingTensor
 
 _FREE = -1
-_FULLEST = 0.85  # of the slots in use; then they are dealt anew, with ten for every seven entries
+_FULLEST = 0.85  # of the slots in use; then they are dealt anew, with at most half as many again as entries
 
 
 class IdMap:
@@ -21,7 +23,7 @@ class IdMap:
 
     def __init__(self) -> None:
         self._ids = GrowingTensor((), torch.int64)
-        self._slots = torch.full((_prime(8),), _FREE, dtype=torch.int32)
+        self._slots = _free(_prime(11))
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -67,21 +69,25 @@ class IdMap:
             self._enter(first)
         return entries
 
-    def load(self, ids: Tensor) -> None:
-        """Hold these ids instead, in this order."""
-        self._ids.load(ids)
-        self._deal()
+    def state_dict(self) -> dict[str, Any]:
+        """Return the ids in their order, and how many slots there are."""
+        return {"ids": self._ids.state_dict(), "slots": len(self._slots)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state``."""
+        self._ids.load_state_dict(state["ids"])
+        self._deal(state["slots"])
 
     def _enter(self, first: int) -> None:
         """Give the entries from ``first`` on their slots."""
         if len(self) > _FULLEST * len(self._slots):
-            self._deal()
+            self._deal(_prime(max(3 * len(self) // 2, 11)))
         else:
             self._place(torch.arange(first, len(self)))
 
-    def _deal(self) -> None:
+    def _deal(self, slots: int) -> None:
         """Give all entries their slots anew."""
-        self._slots = torch.full((_prime(max(10 * len(self) // 7, 8)),), _FREE, dtype=torch.int32)
+        self._slots = _free(slots)
         self._place(torch.arange(len(self)))
 
     def _probe(self, ids: Tensor) -> Tensor:
@@ -114,6 +120,11 @@ class IdMap:
         return _mixed(ids) % slots, 1 + _mixed(~ids) % (slots - 1)
 
 
+def _free(slots: int) -> Tensor:
+    """Return slots with nothing in them, on the host."""
+    return torch.full((slots,), _FREE, dtype=torch.int32, device="cpu")
+
+
 def _mixed(x: Tensor) -> Tensor:
     """Return the bits of integers thoroughly mixed: the end of SplitMix64."""
     x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
@@ -131,6 +142,6 @@ def _signed(x: int) -> int:
     return (x + 2**63) % 2**64 - 2**63
 
 
-def _prime(least: int) -> int:
-    """Return the smallest prime that is at least this."""
-    return next(n for n in count(least) if all(n % d for d in range(2, isqrt(n) + 1)))
+def _prime(most: int) -> int:
+    """Return the largest prime that is at most this, so that no more is held than the slack allows."""
+    return next(n for n in count(most, -1) if all(n % d for d in range(2, isqrt(n) + 1)))

@@ -92,14 +92,14 @@ class Run:
         stream: its data.
         config: the method.
         seed: of weights and draws.
-        folder: where its checkpoint is.
+        checkpoint: where everything is written from time to time.
     """
 
     recipe: StreamRecipe
     stream: Stream
     config: StreamConfig
     seed: int
-    folder: Path
+    checkpoint: Path
 
     def __post_init__(self) -> None:
         train = self.recipe.train
@@ -113,11 +113,6 @@ class Run:
         self.past = Past(self.stream, train.batch_size, self.seed)
         self.session.attach(self.optimizer, validation=self.past)
         self.score, self.seconds, self.seen = Score(), 0.0, 0
-
-    @property
-    def checkpoint(self) -> Path:
-        """Where everything is written from time to time."""
-        return self.folder / "checkpoint.safetensors"
 
     def finish(self, stepped: Callable[["Run"], None] = lambda run: None) -> dict[str, Any]:
         """Process what is left of the stream; return the results. ``stepped`` is called after every batch."""
@@ -184,11 +179,11 @@ class Run:
         }
 
     def _load(self, state: Mapping[str, Any]) -> None:
+        self.seen = self.past.seen = state["seen"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.session.load_state_dict(state["session"])
         self.score, self.seconds = Score(**state["score"]), state["seconds"]
-        self.seen = self.past.seen = state["seen"]
 
     def _results(self) -> dict[str, Any]:
         loss = self.stream.schema.task.loss.key

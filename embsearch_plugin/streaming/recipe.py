@@ -11,6 +11,7 @@ from embsearch_plugin.data import stream
 from embsearch_plugin.models.stream_mlp import StreamMlp
 from embsearch_plugin.recipes import methods_of, structured
 from embsearch_plugin.streaming.base import StreamConfig
+from embsearch_plugin.streaming.table import cap_in_bytes
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class StreamSearch:
 
     def __post_init__(self) -> None:
         if self.cap is not None:
-            Budget.of(self.cap)
+            cap_in_bytes(Budget.of(self.cap), 1)
         if not self.baselines:
             raise ValueError("baselines must hold at least one algorithm, to compare with")
         for config in (self.algorithm, *self.baselines):

@@ -34,7 +34,7 @@ class Replay:
 
     @property
     def past(self) -> "Past":
-        """An iterable whose iterations begin with a batch drawn from those that are remembered; empty before the first."""
+        """An iterable each of whose iterations is one batch, drawn from those that are remembered; empty before the first."""
         return Past(self._kept, self._random)
 
     def _remember(self, batch: Any) -> None:
@@ -53,5 +53,5 @@ class Past:
         self._kept, self._random = kept, random
 
     def __iter__(self) -> Iterator[Any]:
-        while self._kept:
+        if self._kept:
             yield self._random.choice(self._kept)

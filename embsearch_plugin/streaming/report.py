@@ -79,7 +79,7 @@ def _row(metrics: Metrics, method: str, numbers: float, seconds: float) -> dict[
         _estimate(metrics, method, "whole", "accuracy").text(),
         _estimate(metrics, method, "whole", loss).text(),
         f"{_numbers(cells):,.0f}",
-        f"{_numbers(cells) / numbers:.1%}",
+        f"{_numbers(cells) / max(numbers, 1):.1%}",
         human_bytes(round(fmean(cell["held_bytes"] for cell in cells))),
         f"{fmean(cell['seconds'] for cell in cells) / max(seconds, 1e-9):.2f}\N{MULTIPLICATION SIGN}",
         str(len(cells)),

@@ -68,6 +68,9 @@ class Rows:
     Args:
         widths: ascending; new entries have the first.
         optimizer: what trains them.
+
+    Attributes:
+        steps: of the optimizer, so far.
     """
 
     def __init__(self, widths: Sequence[int], optimizer: RowOptimizer) -> None:
@@ -134,36 +137,38 @@ class Rows:
             pieces.append(Piece(size, positions, rows))
         return pieces
 
-    def train(self, entries: Tensor, size: int, gradients: Tensor) -> None:
+    def train(self, entries: Tensor, size: int, gradients: Tensor, step: int) -> None:
         """Take a step of the optimizer with gradients (n, width); entries of another width by now are left out.
 
         Args:
             entries: each of them once; those of -1 are left out.
             size: the width that they had when they were read.
             gradients: of their rows.
+            step: which step it is, from 1; rows of several widths may be trained in one.
         """
+        self.steps = max(self.steps, step)
         still = (entries >= 0).nonzero().flatten()
         still = still[self.sizes(entries[still]) == size]
         arena, places = self._arenas[size], self._places.values[entries[still]].long()
         state = {name: tensor.values[places] for name, tensor in arena.state.items()}
-        arena.rows.values[places] = self.optimizer.update(arena.rows.values[places], gradients[still], state, self.steps)
+        arena.rows.values[places] = self.optimizer.update(arena.rows.values[places], gradients[still], state, step)
         for name, values in state.items():
             arena.state[name].values[places] = values
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything, without slack."""
-        arenas = [{name: t.values.clone() for name, t in arena.tensors.items()} for arena in self._arenas]
-        entries = {"sizes": self._sizes.values.clone(), "places": self._places.values.clone()}
+        """Return everything."""
+        arenas = [{name: tensor.state_dict() for name, tensor in arena.tensors.items()} for arena in self._arenas]
+        entries = {"sizes": self._sizes.state_dict(), "places": self._places.state_dict()}
         return {"steps": self.steps, "arenas": arenas, **entries}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from ``state``."""
         self.steps = state["steps"]
-        self._sizes.load(state["sizes"])
-        self._places.load(state["places"])
+        self._sizes.load_state_dict(state["sizes"])
+        self._places.load_state_dict(state["places"])
         for arena, values in zip(self._arenas, state["arenas"], strict=True):
             for name, tensor in arena.tensors.items():
-                tensor.load(values[name])
+                tensor.load_state_dict(values[name])
 
     def _tensors(self) -> Iterator[GrowingTensor]:
         yield from (self._sizes, self._places)

@@ -14,6 +14,7 @@ from embsearch_plugin.streaming.prequential import Run
 from embsearch_plugin.streaming.recipe import StreamRecipe
 from embsearch_plugin.streaming.report import write_stream_report
 
+CHECKPOINT = "checkpoint.safetensors"
 Progress = Callable[[str, int, Run], Any]
 """Called after every batch, with the method, the seed and the run."""
 
@@ -55,8 +56,8 @@ def _cell(
     """Return the results of one method from one seed; run it, if that was not done."""
     place = folder / "cells" / f"seed-{seed}" / slug(method)
     if not (place / CELL).exists():
-        run = Run(recipe, data, recipe.search.methods[method], seed, place)
+        run = Run(recipe, data, recipe.search.methods[method], seed, place / CHECKPOINT)
         write_json(place / CELL, run.finish(lambda run: progress(method, seed, run) if progress else None))
-        run.checkpoint.unlink(missing_ok=True)
+    (place / CHECKPOINT).unlink(missing_ok=True)  # that of a finished method, which may have been killed in between
     found: dict[str, Any] = read_json(place / CELL)
     return found

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from embsearch_plugin.compact.collection import CompactEmbeddingBagCollection, TableIndex
 from embsearch_plugin.errors import SessionError
-from embsearch_plugin.plan import TablePlan
+from embsearch_plugin.plan import SizePlan, TablePlan
 from embsearch_plugin.streaming.forms import Chain
 from embsearch_plugin.streaming.table import GrowingTable
 
@@ -38,8 +38,16 @@ def plan_of(table: GrowingTable) -> TablePlan:
     dims, sizes = _stored_widths(table), table.rows.sizes(torch.arange(len(table)))
     rows = [ids[sizes == size].sort().values.int() for size in range(len(dims))]
     projected = isinstance(table.form, Chain) and len(dims) > 1
+    if projected and not len(table):  # a plan that stores nothing has no bias: let it store a row of zeros
+        rows[0], never[0] = torch.zeros(1, dtype=torch.int32), False
     blocks = [*rows, never.nonzero().flatten().int()]
     return TablePlan.nested(spec, [*dims, 0], blocks, projection=projected, bias=projected)
+
+
+def same_plans(one: SizePlan, other: SizePlan) -> bool:
+    """Whether two plans store the same rows in the same order."""
+    orders = [[None if table.order is None else table.order.tolist() for table in plan.tables] for plan in (one, other)]
+    return one.to_json() == other.to_json() and orders[0] == orders[1]
 
 
 def _stored_widths(table: GrowingTable) -> Sequence[int]:
@@ -48,16 +56,26 @@ def _stored_widths(table: GrowingTable) -> Sequence[int]:
 
 
 @torch.no_grad()
-def fill(compact: CompactEmbeddingBagCollection, number: int, plan: TablePlan, table: GrowingTable) -> None:
-    """Write a table's rows into its compact form, so that it answers as the growing table does in evaluation mode."""
+def fill(
+    compact: CompactEmbeddingBagCollection, number: int, plan: TablePlan, table: GrowingTable, device: torch.device
+) -> None:
+    """Write a table's rows into its compact form, so that it answers as the growing table does in evaluation mode.
+
+    Args:
+        compact: the collection, on the host.
+        number: of the table there.
+        plan: that of :func:`plan_of`.
+        table: in evaluation mode.
+        device: where its form is.
+    """
     order = torch.arange(plan.table.rows) if plan.order is None else plan.order.long()
-    outputs = table.read(table.find(order), training=False, searching=False).double()
+    outputs = table.read(table.find(order), device, training=False, searching=False).double().cpu()
     index = cast(TableIndex, compact.index[number])
     if plan.projection:
         assert isinstance(table.form, Chain)
-        assert index.projection is not None
-        assert index.bias is not None
-        base, basis = table.form.base().double(), basis_of(table.form)[: plan.width]
+        base, basis = table.form.base(), basis_of(table.form)[: plan.width]
+        assert index.projection is not None and index.bias is not None and base is not None
+        base = base.double().cpu()
         index.projection.copy_(basis)
         index.bias.copy_(base)
         outputs = (outputs - base) @ basis.t()
@@ -69,13 +87,9 @@ def fill(compact: CompactEmbeddingBagCollection, number: int, plan: TablePlan, t
 @torch.no_grad()
 def basis_of(chain: Chain) -> Tensor:
     """Return orthonormal rows, float64 (D, D), of which the first d_k span what rows of the k-th width are mapped to."""
-    maps = [cast(nn.Linear, step).weight.double() for step in chain.maps]
-    basis = torch.empty(chain.widths[-1], 0, dtype=torch.float64)
-    for size, width in enumerate(chain.widths):
-        reached = torch.eye(width, dtype=torch.float64)
-        for weight in maps[size:]:
-            reached = reached @ weight.t()
-        rest = reached.t() - basis @ (basis.t() @ reached.t())
-        new = torch.linalg.svd(rest, full_matrices=True).U[:, : width - basis.shape[1]]
-        basis = torch.linalg.qr(torch.cat([basis, new], 1)).Q
+    basis = reached = torch.eye(chain.widths[-1], dtype=torch.float64)
+    for step in reversed(chain.linear_maps):  # ``reached`` is the map from a width to D, in the first columns of the basis
+        turn, image = torch.linalg.qr(reached @ step.weight.double().cpu(), mode="complete")
+        basis = torch.cat([basis[:, : len(turn)] @ turn, basis[:, len(turn) :]], 1)
+        reached = image[: step.in_features]
     return basis.t()

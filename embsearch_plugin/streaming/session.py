@@ -2,8 +2,10 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from typing import Any, cast
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +21,12 @@ from embsearch_plugin.optimizers import check_hook_fires
 from embsearch_plugin.plan import SizePlan
 from embsearch_plugin.plugins import find_collections
 from embsearch_plugin.randomness import private_random
-from embsearch_plugin.search.objective import Objective, Outcome, move, outcome_of, train_task, untouched
+from embsearch_plugin.search.objective import Objective, Outcome, evaluating, move, outcome_of, train_task, untouched
+from embsearch_plugin.search.validation import ValidationStream
 from embsearch_plugin.streaming.base import StreamAlgorithm, StreamConfig, example_losses
 from embsearch_plugin.streaming.collection import Lookup, StreamingEmbeddingBagCollection
-from embsearch_plugin.streaming.serving import fill, plan_of
-from embsearch_plugin.streaming.table import Ceiling, GrowingTable
+from embsearch_plugin.streaming.serving import fill, plan_of, same_plans
+from embsearch_plugin.streaming.table import Ceiling, GrowingTable, cap_in_bytes
 
 log = logging.getLogger(__name__)
 ATTRIBUTE = "_embsearch_session"  # where a model keeps its session
@@ -52,12 +55,15 @@ class StreamSession:
         self._objective = objective
         self._found = _collections_of(model)
         specs = [table for found in self._found for table in found.tables]
-        self._ceiling = Ceiling(None if cap is None else cap.limit(sum(spec.size_bytes for spec in specs)))
+        self._ceiling = Ceiling(None if cap is None else cap_in_bytes(cap, sum(spec.size_bytes for spec in specs)))
         with private_random(seed):  # of which forms draw their parameters
             self.tables = [self._table(spec, number) for number, spec in enumerate(specs)]
+        self._originals = [ref(weight) for found in self._found for weight in found.module.parameters()]
         self._collections = [self._put_in_place(found) for found in self._found]
+        # The original tables are let go of, and their memory with them.
+        self._found = [replace(f, module=new) for f, new in zip(self._found, self._collections, strict=True)]
         self._handles = [model.register_forward_hook(_after_forward)]
-        self._past: Iterable[Any] | None = None
+        self._past: ValidationStream | None = None
         self._steps: list[Any] = []
         self._inside = False
         model.__dict__[ATTRIBUTE] = self
@@ -107,6 +113,11 @@ class StreamSession:
         return self._ceiling.stopped
 
     @property
+    def knows_losses(self) -> bool:
+        """Whether examples' losses can be read off what the model returns; not so where an objective is given."""
+        return self._objective is train_task
+
+    @property
     def lookups(self) -> list[Lookup]:
         """What the last forward pass looked up, per table."""
         return [lookup for collection in self._collections for lookup in collection.lookups]
@@ -152,12 +163,14 @@ class StreamSession:
 
         Args:
             optimizer: the loop's optimizer, or several: a search step follows the step of the last one.
-            validation: batches of the past. Before each search step it is iterated anew, and its first batch is taken, so
-                that an iterable that draws from the past gives another one each time.
+            validation: batches of the past: one is taken for each search step, and it is iterated anew when it ends, so an
+                iterable whose only batch is drawn from the past gives another one each time.
 
         Raises:
-            AttachError: where a step hook cannot fire, or the algorithm learns from past batches and none are given.
+            AttachError: where a step hook cannot fire, an optimizer trains the tables that growing ones replaced, or the
+                algorithm learns from past batches and none are given.
         """
+        self._check_not_over()
         optimizers = list(dict.fromkeys(optimizer)) if isinstance(optimizer, Sequence) else [optimizer]
         if self._steps:
             raise AttachError("this session is attached already; call detach() first.")
@@ -166,10 +179,17 @@ class StreamSession:
         if self.algorithm.searches and validation is None:
             raise AttachError(
                 f"{self.config.name} learns from batches of the past: attach(optimizer, validation=...).\n  Possible solution: "
-                "an iterable whose iterations start with a batch drawn from what was seen."
+                "an iterable of batches that were seen."
             )
-        self._past = validation
-        held = {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
+        trained = [p for each in optimizers for group in each.param_groups for p in group["params"]]
+        held = {id(p) for p in trained}
+        if any(id(original()) in held for original in self._originals):
+            raise AttachError(
+                "an optimizer holds the weights of the original tables, which growing tables have replaced.\n"
+                "  Possible solution: make the optimizer after the model was prepared."
+            )
+        if validation is not None and self.algorithm.searches:
+            self._past = ValidationStream(validation, self.seed)
         added = [p for table in self.tables for p in table.form.parameters() if id(p) not in held]
         if added:
             optimizers[0].add_param_group({"params": added})
@@ -183,6 +203,7 @@ class StreamSession:
 
     def step(self, batch: Any) -> Mapping[str, float]:
         """Take one search step by hand on a batch of the past; return its metrics."""
+        self._check_not_over()
         metrics = self.algorithm.search_step(self, batch)
         self.search_steps += 1
         return metrics
@@ -191,18 +212,18 @@ class StreamSession:
         self.step_count += 1
         since = self.step_count - self.config.warm_up
         if self._past is not None and since >= 0 and since % self.config.every == 0:
-            batch = next(iter(self._past), None)
-            if batch is not None:
-                self.step(batch)
+            try:
+                batch = self._past.next()
+            except AttachError:  # nothing is past yet
+                return
+            self.step(batch)
 
-    def _scored(self, args: tuple[Any, ...], output: Any) -> None:
+    def _scored(self, output: Any) -> None:
         """The model was run by its owner: in training, tell the algorithm the examples' losses."""
-        if self._inside or not (self.model.training and torch.is_grad_enabled()):
+        ours = self._inside or not (self.model.training and torch.is_grad_enabled())
+        if ours or not (self.knows_losses and self.algorithm.searches):
             return
-        if self._objective is train_task:
-            outcome = outcome_of(lambda model, batch: output, self.model, None)
-        else:  # what the model returns is not for us to read
-            outcome = self.evaluate(args[0])
+        outcome = outcome_of(lambda model, batch: output, self.model, None)
         losses = example_losses(outcome.logits.detach(), outcome.labels).cpu()
         for table, lookup in zip(self.tables, self.lookups, strict=True):
             self.algorithm.scored(table, lookup, losses)
@@ -215,6 +236,7 @@ class StreamSession:
         Raises:
             SessionError: where ids came that a table has no rows for.
         """
+        self._check_not_over()
         return SizePlan(tuple(plan_of(table) for table in self.tables), align=1)
 
     def compact(self, plan: SizePlan) -> nn.Module:
@@ -225,27 +247,37 @@ class StreamSession:
         Raises:
             PlanError: where the plan is not that of ``derive`` now.
         """
-        if plan.to_json() != self.derive().to_json():
+        if not same_plans(plan, self.derive()):
             raise PlanError("compact takes the plan of the stream as it is now: compact(session.derive()).")
-        training = self.model.training
-        self.model.eval()  # mixtures have batch norm, which is folded into their rows
+        with evaluating(self.model):  # mixtures have batch norm, which is folded into their rows
+            compacted = self._compacted(plan)
+        for found, collection, compact in zip(self._found, self._collections, compacted, strict=True):
+            found.replace_in(self.model, compact.to(collection.device).train(collection.training))
+        self._leave()
+        return self.model
+
+    def _compacted(self, plan: SizePlan) -> list[CompactEmbeddingBagCollection]:
+        """Return the compact collections, on the host."""
+        made = []
         for found, collection in zip(self._found, self._collections, strict=True):
             plans = [p for p in plan.tables if p.table in found.tables]
             compact = CompactEmbeddingBagCollection(
                 collection.embedding_bag_configs(), plans, collection.is_weighted(), torch.device("cpu")
             )
             for number, (each, table) in enumerate(zip(plans, collection.tables, strict=True)):
-                fill(compact, number, each, table)
-            found.replace_in(self.model, compact.to(collection.device))
-        self.model.train(training)
-        self._leave()
-        return self.model
+                fill(compact, number, each, table, collection.device)
+            made.append(compact)
+        return made
 
     def _leave(self) -> None:
         self.detach()
         for handle in self._handles:
             handle.remove()
         self.model.__dict__.pop(ATTRIBUTE, None)
+
+    def _check_not_over(self) -> None:
+        if self.model.__dict__.get(ATTRIBUTE) is not self:
+            raise SessionError("this stream is over: its model was compacted. Prepare a model built anew.")
 
     # Checkpoints.
 
@@ -257,10 +289,12 @@ class StreamSession:
             "algorithm": self.algorithm.state_dict(),
             "step_count": self.step_count,
             "search_steps": self.search_steps,
+            "stopped": self._ceiling.stopped,
+            "past": None if self._past is None else self._past.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state``.
+        """Go on from ``state``; call after ``attach``, when the past is what it was, so that its batches go on where they were.
 
         Raises:
             SessionError: where it is of another algorithm, or of other tables.
@@ -274,6 +308,10 @@ class StreamSession:
             table.load_state_dict(each)
         self.algorithm.load_state_dict(state["algorithm"])
         self.step_count, self.search_steps = state["step_count"], state["search_steps"]
+        self._ceiling.stopped = state["stopped"]
+        if self._past is not None and state["past"] is not None:
+            with suppress(AttachError):  # nothing is past in this process
+                self._past.load_state_dict(state["past"])
 
     def _fingerprint(self) -> list[str]:
         return [self.config.name, repr(self.config), *(f"{spec} x {spec.dim}" for spec in self.specs)]
@@ -313,4 +351,4 @@ def _after_forward(model: nn.Module, args: tuple[Any, ...], output: Any) -> None
     """Tell the model's session, if it has one: copies of a model keep this hook but have no session."""
     session = model.__dict__.get(ATTRIBUTE)
     if isinstance(session, StreamSession):
-        session._scored(args, output)
+        session._scored(output)

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import Table
+from embsearch_plugin.errors import BudgetError
 from embsearch_plugin.streaming.forms import Entries, RowForm
 from embsearch_plugin.streaming.growing import SLACK, GrowingTensor
 from embsearch_plugin.streaming.ids import IdMap
@@ -36,6 +38,17 @@ class Ceiling:
             self.stopped = True
             log.warning("the tables have reached %d bytes, slack included: new ids and wider rows are refused", self.limit)
         return room
+
+
+def cap_in_bytes(cap: Budget, original_bytes: int) -> int:
+    """Return a cap on what tables hold; ``original_bytes`` is what a share is of.
+
+    Raises:
+        BudgetError: where it is on parameters.
+    """
+    if cap.unit != "bytes":
+        raise BudgetError(f"a cap on a stream's tables is in bytes, as in '200MB', or a share, as in '10%'; got {cap}.")
+    return cap.limit(original_bytes)
 
 
 class GrowingTable:
@@ -126,28 +139,30 @@ class GrowingTable:
                     (narrow,) = (piece for piece in self.rows.read(growing) if piece.size == size - 1)
                     self.rows.widen(growing, size, self.form.widened(size, narrow.rows))
 
-    def read(self, entries: Tensor, *, training: bool, searching: bool) -> Tensor:
+    def read(self, entries: Tensor, device: torch.device, *, training: bool, searching: bool) -> Tensor:
         """Return the entries' outputs, (n, D).
 
         Args:
             entries: int64 (n,), each once; -1 may occur more often.
+            device: where the form is, and the outputs will be.
             training: let the backward pass train the rows, as fused kernels do.
             searching: differentiate the form's architecture parameters instead.
         """
         pieces = self.rows.read(entries)
         if training:
-            self.rows.steps += 1
-            pieces = [self._trained(entries, piece) for piece in pieces]
+            step = self.rows.steps + 1  # taken where a backward pass follows
+            pieces = [self._trained(entries, piece, step) for piece in pieces]
+        pieces = [Piece(piece.size, piece.positions.to(device), piece.rows.to(device)) for piece in pieces]
         output: Tensor = self.form(pieces, Entries(entries, self.counts(entries), searching))
         return output
 
-    def _trained(self, entries: Tensor, piece: Piece) -> Piece:
+    def _trained(self, entries: Tensor, piece: Piece, step: int) -> Piece:
         own, size = entries[piece.positions], piece.size
 
         def train(leaf: Tensor) -> None:
             gradient, leaf.grad = leaf.grad, None
             if gradient is not None:
-                self.rows.train(own, size, gradient)
+                self.rows.train(own, size, gradient, step)
 
         leaf = piece.rows.requires_grad_()
         leaf.register_post_accumulate_grad_hook(train)
@@ -164,18 +179,18 @@ class GrowingTable:
     def state_dict(self) -> dict[str, Any]:
         """Return everything but the form's parameters, which are the model's."""
         return {
-            "ids": self.ids.ids.clone(),
-            "counts": self._counts.values.clone(),
+            "ids": self.ids.state_dict(),
+            "counts": self._counts.state_dict(),
             "rows": self.rows.state_dict(),
-            "extras": {name: tensor.values.clone() for name, tensor in self.extras.items()},
+            "extras": {name: tensor.state_dict() for name, tensor in self.extras.items()},
             "random": self._random.get_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from ``state``."""
-        self.ids.load(state["ids"])
-        self._counts.load(state["counts"])
+        self.ids.load_state_dict(state["ids"])
+        self._counts.load_state_dict(state["counts"])
         self.rows.load_state_dict(state["rows"])
         for name, tensor in self.extras.items():
-            tensor.load(state["extras"][name])
+            tensor.load_state_dict(state["extras"][name])
         self._random.set_state(state["random"])

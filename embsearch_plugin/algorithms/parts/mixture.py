@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embsearch_plugin.algorithms.esapn import check_candidates, widths_within
@@ -12,9 +12,6 @@ from embsearch_plugin.collection import Table
 from embsearch_plugin.streaming.base import StreamAlgorithm, StreamConfig
 from embsearch_plugin.streaming.forms import Entries, RowForm
 from embsearch_plugin.streaming.rows import Piece
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +61,21 @@ class Mixture(RowForm):
 
     def forward(self, pieces: Sequence[Piece], entries: Entries) -> Tensor:
         """Return the weighted sums."""
-        weights = self.weigh(entries)
+        weights = self.weigh(entries).to(pieces[0].rows.device)
         weights = weights if entries.searching else weights.detach()
         parts = pieces[0].rows.split(self.sizes, dim=1)
         steps = zip(self.maps, self.norms, parts, strict=True)
-        mapped = [torch.tanh(norm(step(part))) for step, norm, part in steps]
+        mapped = [torch.tanh(_normed(norm, step(part))) for step, norm, part in steps]
         return torch.stack([weight[:, None] * each for weight, each in zip(weights.unbind(1), mapped, strict=True)]).sum(0)
+
+
+def _normed(norm: nn.Module, mapped: Tensor) -> Tensor:
+    """Normalize over the ids of the batch, (n, D); fewer than two teach nothing, and what was learned so far serves them."""
+    assert isinstance(norm, nn.BatchNorm1d)
+    if len(mapped) < 2:
+        return F.batch_norm(mapped, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+    normed: Tensor = norm(mapped)
+    return normed
 
 
 class SoftSearch(StreamAlgorithm):
