@@ -17,6 +17,7 @@ authors' code batch norm is applied to the ids of each size by themselves, which
 Differences from the paper:
     * Frequencies above ``frequencies`` count as that; each has an embedding of 32 numbers, as in the authors' code.
     * Ids of the largest size have no action, and teach nothing. With fewer than T losses, the mean is over those there are.
+    * An id that comes several times in a batch is counted each time, grows once, and puts the mean of its losses in its queue.
     * The mean over a batch is what Adam ascends, for each table's network by itself.
     * Candidates at least as wide as the table fall away, and its own width is the largest, so that the network around it
       stays as it is.
