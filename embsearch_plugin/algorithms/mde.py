@@ -30,7 +30,9 @@ from embsearch_plugin.algorithms.base import AlgorithmConfig
 from embsearch_plugin.algorithms.parts.fixed import Dims, FixedAllocation, proportional
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import Table
+from embsearch_plugin.compact.fold import UNFOLDED, Fold
 from embsearch_plugin.hookspecs import hookimpl
+from embsearch_plugin.plan import SizePlan
 from embsearch_plugin.ranges import Range, Ranges
 from embsearch_plugin.space import RowBlocks, SearchSpace
 
@@ -108,6 +110,11 @@ class MdeSearch(FixedAllocation):
             for table, counts in zip(session.tables, session.frequencies, strict=True)
         ]
         return proportional(session.tables, weights, budget, session.space.align, self.projected)
+
+    @hookimpl
+    def embsearch_fold(self, session: "Session", plan: SizePlan) -> Sequence[Fold]:
+        """Return projections that start as the identity, which is what padding was."""
+        return [Fold(projection=torch.eye(t.width, t.table.dim)) if t.projection else UNFOLDED for t in plan.tables]
 
 
 def popularity(blocks: RowBlocks, counts: Tensor, groups: int) -> Tensor:
