@@ -25,7 +25,7 @@ import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import Tensor, nn
 
-from embsearch_plugin.algorithms.base import AlgorithmConfig
+from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.compact.collection import CompactEmbeddingBagCollection
 from embsearch_plugin.data.dataset import Batches, Dataset, Split
 from embsearch_plugin.decorator import prepare
@@ -72,7 +72,7 @@ class Place:
     method: str
     budget: str | None = None
     allocation: str = ""
-    config: AlgorithmConfig | None = field(default=None, compare=False)  # another package's may be one that cannot be hashed
+    config: SearchConfig | None = field(default=None, compare=False)  # another package's may be one that cannot be hashed
 
     def __str__(self) -> str:
         return " ".join(filter(None, [self.method, self.allocation, self.budget]))
@@ -161,7 +161,7 @@ class Cells:
         write_state(self.folder / DENSE / WEIGHTS, model.state_dict())
         return self._row(DENSE_MODEL, model, size, _course_of(stage))
 
-    def _compact(self, place: Place, config: AlgorithmConfig) -> Row:
+    def _compact(self, place: Place, config: SearchConfig) -> Row:
         course: Stages = {}
         if config.starts_from == "dense":
             dense = self.get(DENSE_MODEL)
@@ -175,7 +175,7 @@ class Cells:
         except NonFiniteLoss as error:
             return self._missing(place, "diverged", error)
 
-    def _train_compact(self, place: Place, config: AlgorithmConfig, course: Stages) -> Row:
+    def _train_compact(self, place: Place, config: SearchConfig, course: Stages) -> Row:
         """Search, rewrite and train on, or train from scratch; ``course`` is the training that the search starts from."""
         folder, model = self._folder_of(place), self._build()
         optimizer = self._optimizer(model)
@@ -196,7 +196,7 @@ class Cells:
         save(model, plan, folder)
         return self._row(place, model, plan.size_bytes, course | _course_of(stage))
 
-    def _session(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: AlgorithmConfig, budget: str) -> Session:
+    def _session(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: SearchConfig, budget: str) -> Session:
         """Prepare the model, with the trained dense weights where the method starts from them."""
         once = config.starts_from == "dense" or not config.trains  # the ids that a training would count were not seen
         session = prepare(
@@ -349,7 +349,7 @@ class Cells:
         }
 
 
-def _limits(config: AlgorithmConfig, course: Stages, train: Train, batches: Batches) -> dict[str, Any]:
+def _limits(config: SearchConfig, course: Stages, train: Train, batches: Batches) -> dict[str, Any]:
     """Return what limits the training of a rewritten model after ``course``: its epochs, and the steps of an epoch."""
     limit = config.fine_tuning_epochs(len(course[DENSE].history) - 1) if DENSE in course else None
     if limit is None:

@@ -41,11 +41,11 @@ def run(recipe: Path, overrides: tuple[str, ...], out: Path | None, resume: bool
     from rich.console import Console
 
     from embsearch_plugin.progress import ProgressWatcher
-    from embsearch_plugin.recipes import parse_recipe, read_content
+    from embsearch_plugin.recipes import is_stream, parse_recipe, read_content
     from embsearch_plugin.report.headline import headline
     from embsearch_plugin.report.text import results_table
     from embsearch_plugin.run import run as run_recipe
-    from embsearch_plugin.streaming.recipe import is_stream, parse_stream_recipe
+    from embsearch_plugin.streaming.recipe import parse_stream_recipe
 
     if resume and out is None:
         raise click.UsageError("--resume needs --out, the folder of the run to go on with.")

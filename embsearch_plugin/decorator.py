@@ -9,9 +9,9 @@ from typing import Any, TypeVar, overload
 
 from torch import nn
 
-from embsearch_plugin.algorithms.base import AlgorithmConfig
+from embsearch_plugin.algorithms.base import AlgorithmConfig, SearchConfig
 from embsearch_plugin.budget import Budget
-from embsearch_plugin.errors import SessionError
+from embsearch_plugin.errors import SessionError, UnknownAlgorithm
 from embsearch_plugin.plugins import algorithm_config
 from embsearch_plugin.search.objective import Objective, train_task
 from embsearch_plugin.search.ranking import Frequencies
@@ -25,7 +25,7 @@ _depth: ContextVar[int] = ContextVar("embsearch_construction_depth", default=0)
 
 
 @overload
-def prepare(  # type: ignore[overload-overlap]
+def prepare(
     model: nn.Module,
     *,
     algorithm: StreamConfig,
@@ -39,7 +39,7 @@ def prepare(  # type: ignore[overload-overlap]
 def prepare(
     model: nn.Module,
     *,
-    algorithm: str | AlgorithmConfig = "dnis",
+    algorithm: str | SearchConfig = "dnis",
     budget: Budget | str | None = None,
     space: SearchSpace | None = None,
     objective: Objective = train_task,
@@ -83,6 +83,8 @@ def prepare(
     if isinstance(config, StreamConfig):
         _refuse_for_streams(config, space=space, frequencies=frequencies, fused=fused)
         return StreamSession(model, config, None if budget is None else Budget.of(budget), objective, seed)
+    if not isinstance(config, SearchConfig):
+        raise UnknownAlgorithm(f"{config.name!r} must derive from SearchConfig or StreamConfig.")
     return Session(model, config, Budget.of("10%" if budget is None else budget), space, objective, frequencies, fused, seed)
 
 

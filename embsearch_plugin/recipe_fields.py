@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from embsearch_plugin import data, models
-from embsearch_plugin.algorithms.base import AlgorithmConfig
+from embsearch_plugin.algorithms.base import AlgorithmConfig, SearchConfig
 from embsearch_plugin.data import stream
 from embsearch_plugin.data.own import OwnData
 from embsearch_plugin.models.own import OwnModel
@@ -20,6 +20,7 @@ from embsearch_plugin.plugins import BUILTIN, algorithms
 from embsearch_plugin.ranges import Choices, Range
 from embsearch_plugin.recipes import Fused, Recipe, Search, Train, Tune, to_plain
 from embsearch_plugin.space import SearchSpace, TableGroup
+from embsearch_plugin.streaming.base import StreamConfig
 from embsearch_plugin.streaming.recipe import StreamRecipe, StreamSearch, StreamTrain
 from embsearch_plugin.study.config import Layout, Study
 
@@ -141,7 +142,7 @@ _NAMES: dict[Any, str] = {
 def _values(hint: Any) -> str:
     """Say in words what a field takes."""
     origin, inner = get_origin(hint), get_args(hint)
-    if hint in (data.DataConfig, models.ModelConfig, AlgorithmConfig, stream.StreamData, StreamMlp):
+    if hint in (data.DataConfig, models.ModelConfig, SearchConfig, StreamConfig, stream.StreamData, StreamMlp):
         return "a name, or a mapping"
     if origin in (Union, UnionType):
         return " or ".join(dict.fromkeys(_values(each) for each in inner))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from itertools import product
 from pathlib import Path
 from types import UnionType
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 import cattrs
 import yaml
@@ -15,7 +15,7 @@ from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch.optim import SGD, Adagrad, Adam, Optimizer
 
 from embsearch_plugin import data, models
-from embsearch_plugin.algorithms.base import AlgorithmConfig
+from embsearch_plugin.algorithms.base import AlgorithmConfig, SearchConfig
 from embsearch_plugin.algorithms.magnitude import Magnitude
 from embsearch_plugin.algorithms.uniform import Uniform
 from embsearch_plugin.budget import Budget
@@ -27,7 +27,10 @@ from embsearch_plugin.models.stream_mlp import StreamMlp
 from embsearch_plugin.plugins import algorithms
 from embsearch_plugin.ranges import Range, Ranges
 from embsearch_plugin.space import SearchSpace
+from embsearch_plugin.streaming.base import StreamConfig
 from embsearch_plugin.study.config import Study
+
+Config = TypeVar("Config", bound=AlgorithmConfig)
 
 VARIED = ["study", "fields"]
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adam": Adam, "adagrad": Adagrad, "sgd": SGD}
@@ -102,22 +105,22 @@ class Search:
         space: how tables are cut, for all of them; by default as suits each.
     """
 
-    algorithm: AlgorithmConfig
-    baselines: tuple[AlgorithmConfig, ...] = (Uniform(), Magnitude())
+    algorithm: SearchConfig
+    baselines: tuple[SearchConfig, ...] = (Uniform(), Magnitude())
     budgets: tuple[str, ...] = ("10%",)
     space: SearchSpace | None = None
 
     def __post_init__(self) -> None:
         if not self.budgets:
             raise ValueError("budgets must hold at least one budget")
-        if streaming := [config.name for config in (self.algorithm, *self.baselines) if config.streams]:
-            raise ValueError(f"{', '.join(streaming)} works on streams only, such as data: movielens-csv-stream")
+        if others := [config.name for config in (self.algorithm, *self.baselines) if not isinstance(config, SearchConfig)]:
+            raise ValueError(f"{', '.join(others)} works on streams only, such as data: movielens-csv-stream")
         amounts = [(budget.unit, budget.share is None, budget.amount) for budget in map(Budget.of, self.budgets)]
         if len(set(amounts)) < len(amounts):
             raise ValueError(f"budgets must differ from each other; got {list(self.budgets)}")
 
     @property
-    def methods(self) -> dict[str, AlgorithmConfig]:
+    def methods(self) -> dict[str, SearchConfig]:
         """The algorithm and its baselines by name; where two share a name, their settings tell them apart."""
         return methods_of((self.algorithm, *self.baselines))
 
@@ -172,9 +175,9 @@ class Recipe:
             replace(self.train, **trial)
 
 
-def methods_of(configs: Sequence[AlgorithmConfig]) -> dict[str, AlgorithmConfig]:
+def methods_of(configs: Sequence[Config]) -> dict[str, Config]:
     """Return configs by name, each once; where two share a name, their settings tell them apart."""
-    differing: list[AlgorithmConfig] = []
+    differing: list[Config] = []
     for config in configs:
         if config not in differing:  # another package's config may have a field that cannot be hashed
             differing.append(config)
@@ -262,9 +265,22 @@ def overridden(recipe: Recipe, values: Mapping[str, Any], source: str) -> Recipe
 
 
 def parse_recipe(content: Mapping[str, Any], source: str) -> Recipe:
-    """Turn plain data into a recipe; ``source`` is named in errors."""
+    """Turn plain data into a recipe; ``source`` is named in errors.
+
+    Raises:
+        RecipeError: where something in it is wrong (lists all problems), or where it is the recipe of a stream.
+    """
+    if is_stream(content):
+        raise RecipeError(f"{source} is the recipe of a stream, which embsearch run takes and this does not.")
     recipe: Recipe = structured(content, Recipe, source)
     return recipe
+
+
+def is_stream(content: Mapping[str, Any]) -> bool:
+    """Whether a recipe's plain data is that of a stream."""
+    data = content.get("data")
+    name = data.get("name") if isinstance(data, Mapping) else data
+    return name in [config.name for config in stream.CONFIGS]
 
 
 def structured(content: Mapping[str, Any], cls: Any, source: str) -> Any:
@@ -341,7 +357,8 @@ def _converter() -> cattrs.Converter:
         (stream.StreamData, lambda: {c.name: c for c in stream.CONFIGS}, None),
         (StreamMlp, lambda: {StreamMlp.name: StreamMlp}, None),
         (models.ModelConfig, lambda: {c.name: c for c in models.CONFIGS}, OwnModel),
-        (AlgorithmConfig, algorithms, None),
+        (SearchConfig, algorithms, None),
+        (StreamConfig, algorithms, None),
     ):
         converter.register_structure_hook_func(_is(base), _by_name(converter, known, own))
     return converter

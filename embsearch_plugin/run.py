@@ -24,7 +24,7 @@ from typing import Any, Protocol, get_args
 import torch
 from torch import Tensor
 
-from embsearch_plugin.algorithms.base import AlgorithmConfig
+from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.cells import CHECKPOINTS, DENSE, DENSE_MODEL, Cells, Place, Row
 from embsearch_plugin.collection import Table
@@ -227,7 +227,7 @@ def row_frequencies(data: Dataset, tables: list[Table], batch_size: int) -> dict
     return {str(table): count for table, count in counts.items()}
 
 
-def _told_apart(allocation: AlgorithmConfig, method: AlgorithmConfig) -> str:
+def _told_apart(allocation: SearchConfig, method: SearchConfig) -> str:
     """Name an allocation by what is not the method's own: another algorithm, other settings. The method itself has no name."""
     other = [allocation.name] if allocation.name != method.name else []
     return ", ".join([*other, *(text for text in settings(allocation) if text not in settings(method))])

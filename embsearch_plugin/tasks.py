@@ -119,29 +119,39 @@ and of validation's five candidates the positive is always among the first ten.
 """
 
 
-def squared_error(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean squared error of the probability (esapn.txt, Eq. 3)."""
-    return F.mse_loss(logits.sigmoid(), labels)
+def example_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the loss of each example (B,).
+
+    Logits (B,) and labels 0 or 1: the squared error of the probability (esapn.txt, Eq. 3). Logits (B, C) and labels
+    0 .. C - 1: the cross-entropy (Eq. 4).
+    """
+    if logits.dim() == 2:
+        return F.cross_entropy(logits, labels.long(), reduction="none")
+    return (logits.sigmoid() - labels.float()).square()
 
 
-def _preferences(logits: Tensor, labels: Tensor) -> Score:
-    return {"accuracy": float(((logits > 0) == (labels > 0.5)).float().mean()), "mse": float(squared_error(logits, labels))}
+def is_right(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return whether each example's likeliest label is its own, bool (B,). Logits and labels as for the losses."""
+    return logits.argmax(1) == labels.long() if logits.dim() == 2 else (logits > 0) == (labels > 0.5)
 
 
-def _stars(logits: Tensor, labels: Tensor) -> Score:
-    classes = labels.long()
-    return {
-        "accuracy": float((logits.argmax(1) == classes).float().mean()),
-        "log_loss": float(F.cross_entropy(logits, classes)),
+def _mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return example_losses(logits, labels).mean()
+
+
+def _accuracy_and(loss: str) -> Callable[[Tensor, Tensor], Score]:
+    return lambda logits, labels: {
+        "accuracy": float(is_right(logits, labels).float().mean()),
+        loss: float(_mean_loss(logits, labels)),
     }
 
 
 ACCURACY = Metric("accuracy", "accuracy", 1)
 
-PREFERENCE = Task("preference", (ACCURACY, MSE), MSE, squared_error, _preferences)
+PREFERENCE = Task("preference", (ACCURACY, MSE), MSE, _mean_loss, _accuracy_and(MSE.key))
 """Does she like it? Logits and labels (B,), labels 0 or 1; the loss is the squared error (esapn.txt, 3.4)."""
 
-STARS = Task("stars", (ACCURACY, LOG_LOSS), LOG_LOSS, lambda logits, labels: F.cross_entropy(logits, labels.long()), _stars)
+STARS = Task("stars", (ACCURACY, LOG_LOSS), LOG_LOSS, _mean_loss, _accuracy_and(LOG_LOSS.key))
 """Which of five classes of stars? Logits (B, 5) and labels 0 to 4; the loss is cross-entropy (esapn.txt, 3.4)."""
 
 TASKS = {task.name: task for task in (CLICK, RATING, TOP_K)}

@@ -13,12 +13,14 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 import embsearch_plugin as es
+from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.compact.collection import CompactEmbeddingBagCollection
 from embsearch_plugin.plugins import algorithms
+from embsearch_plugin.streaming.base import StreamConfig
 from embsearch_plugin.streaming.session import StreamSession
 
-SEARCHES = sorted(name for name, config in algorithms().items() if not config.streams)
-STREAMS = sorted(name for name, config in algorithms().items() if config.streams)
+SEARCHES = sorted(name for name, config in algorithms().items() if issubclass(config, SearchConfig))
+STREAMS = sorted(name for name, config in algorithms().items() if issubclass(config, StreamConfig))
 
 
 @dataclass(frozen=True)

@@ -172,3 +172,8 @@ def test_a_plugin_that_cannot_be_used_is_named(
     install("theirs", WORKING)
     assert "dnis" in algorithms()
     assert manager().has_plugin("theirs")
+
+
+def test_an_algorithm_is_for_searches_or_for_streams() -> None:
+    with pytest.raises(UnknownAlgorithm, match="'mine' must derive from SearchConfig or StreamConfig"):
+        es.prepare(task(PLAIN), algorithm=Mine())

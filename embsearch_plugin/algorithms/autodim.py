@@ -43,7 +43,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from embsearch_plugin.algorithms.base import AlgorithmConfig
+from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.algorithms.parts.selection import CandidateDims, CandidateSearch
 from embsearch_plugin.hookspecs import hookimpl
 
@@ -96,6 +96,6 @@ class AutoDimSearch(CandidateSearch):
 
 
 @hookimpl
-def embsearch_register_algorithms() -> Sequence[type[AlgorithmConfig]]:
+def embsearch_register_algorithms() -> Sequence[type[SearchConfig]]:
     """Register AutoDim."""
     return [AutoDim]

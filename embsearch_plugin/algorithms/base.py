@@ -28,6 +28,32 @@ class Algorithm(Protocol):
 class AlgorithmConfig:
     """Settings of an algorithm. A subclass has a ``name`` and builds the algorithm; its class is the registry's key.
 
+    It is one of two kinds: a :class:`SearchConfig`, or a :class:`~embsearch_plugin.streaming.base.StreamConfig`, whose rows
+    are made as ids come.
+
+    What a study needs to know:
+        ``ranges``: what is sensible for the fields that are worth tuning; a recipe may say otherwise.
+
+    Args:
+        warm_up: weight steps before the first search step. Ids are counted meanwhile (and after it: ranks are refreshed
+            whenever the number of steps has doubled), so the default serves a run of 200 steps and one of 200,000.
+        every: a search step follows every ``every``-th weight step.
+    """
+
+    name: ClassVar[str]
+    ranges: ClassVar[Ranges] = {}
+    warm_up: int = 50
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.warm_up < 0 or self.every < 1:
+            raise ValueError(f"warm_up must be at least 0 and every at least 1; got {self.warm_up} and {self.every}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig(AlgorithmConfig):
+    """Settings of an algorithm that decides how many rows and columns each table gets.
+
     What a reference run needs to know, so that no training is done twice:
         ``starts_from``: the model as it is built, or the dense model once it is trained.
         :attr:`trains`: whether the model trains while sizes are searched.
@@ -37,37 +63,21 @@ class AlgorithmConfig:
         :attr:`same_at_every_budget`: whether it is one and the same model for all budgets.
         :meth:`fine_tuning_epochs`: how long the rewritten model is trained on at most.
 
-    ``streams`` says whether it works on streams, where rows are made as ids come; then it is a
-    :class:`~embsearch_plugin.streaming.base.StreamConfig`, and the rest of this does not concern it.
-
     What a rewrite needs to know:
         ``folds_gates``: whether gates are part of the weights, which are multiplied by them when they are stored. Otherwise
         gates only say what takes part, and the plan says that again.
 
-    What a study needs to know:
-        ``ranges``: what is sensible for the fields that are worth tuning; a recipe may say otherwise.
+    What a study needs to know, besides ``ranges``:
         :attr:`cuts_rows`, :attr:`cuts_columns`: whether row blocks and column chunks make a difference.
 
     Args:
-        warm_up: weight steps before the first search step. Ids are counted meanwhile (and after it: ranks are refreshed
-            whenever the number of steps has doubled), so the default serves a run of 200 steps and one of 200,000.
-        every: a search step follows every ``every``-th weight step.
         retrains: a reference run applies the plan to a model built anew and trains that from scratch; otherwise the
             searched model's compacted weights are trained on.
     """
 
-    name: ClassVar[str]
-    streams: ClassVar[bool] = False
     starts_from: ClassVar[Literal["scratch", "dense"]] = "scratch"
     folds_gates: ClassVar[bool] = True
-    ranges: ClassVar[Ranges] = {}
-    warm_up: int = 50
-    every: int = 1
     retrains: bool = False
-
-    def __post_init__(self) -> None:
-        if self.warm_up < 0 or self.every < 1:
-            raise ValueError(f"warm_up must be at least 0 and every at least 1; got {self.warm_up} and {self.every}")
 
     @property
     def trains(self) -> bool:
@@ -107,7 +117,7 @@ class AlgorithmConfig:
         """Return what is to follow a table's lookup, the same kind for every table; ``None`` for its gated rows."""
         return None
 
-    def allocations(self, tables: Sequence[Table], budget: Budget, space: SearchSpace) -> Sequence["AlgorithmConfig"]:
+    def allocations(self, tables: Sequence[Table], budget: Budget, space: SearchSpace) -> Sequence["SearchConfig"]:
         """Return the allocations that are tried within a budget, at least one; by default itself alone.
 
         A reference run trains a model for each and keeps the one that is best on validation. One session is one allocation:

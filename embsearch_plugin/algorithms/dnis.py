@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from embsearch_plugin.algorithms.base import AlgorithmConfig
+from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.algorithms.parts.pruning import prune_pairs, prune_weights
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.hookspecs import hookimpl
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dnis(AlgorithmConfig):
+class Dnis(SearchConfig):
     """Settings of DNIS.
 
     Args:
@@ -175,6 +175,6 @@ class _EarlyStop:
 
 
 @hookimpl
-def embsearch_register_algorithms() -> Sequence[type[AlgorithmConfig]]:
+def embsearch_register_algorithms() -> Sequence[type[SearchConfig]]:
     """Register DNIS."""
     return [Dnis]

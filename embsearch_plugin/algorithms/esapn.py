@@ -37,10 +37,11 @@ from embsearch_plugin.algorithms.base import AlgorithmConfig
 from embsearch_plugin.collection import Table
 from embsearch_plugin.hookspecs import hookimpl
 from embsearch_plugin.randomness import private_random
-from embsearch_plugin.streaming.base import StreamAlgorithm, StreamConfig, example_losses
+from embsearch_plugin.streaming.base import StreamAlgorithm, StreamConfig
 from embsearch_plugin.streaming.collection import Lookup
 from embsearch_plugin.streaming.forms import Chain, RowForm
 from embsearch_plugin.streaming.table import GrowingTable
+from embsearch_plugin.tasks import example_losses
 
 if TYPE_CHECKING:
     from embsearch_plugin.streaming.session import StreamSession

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from embsearch_plugin.algorithms.base import AlgorithmConfig
+from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.algorithms.parts.fixed import Dims, FixedAllocation
 from embsearch_plugin.algorithms.uniform import largest_dim, same_dim
 from embsearch_plugin.budget import Budget, human_bytes
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Given(AlgorithmConfig):
+class Given(SearchConfig):
     """Settings of given dims.
 
     Args:
@@ -90,6 +90,6 @@ class GivenDims(FixedAllocation):
 
 
 @hookimpl
-def embsearch_register_algorithms() -> Sequence[type[AlgorithmConfig]]:
+def embsearch_register_algorithms() -> Sequence[type[SearchConfig]]:
     """Register given dims."""
     return [Given]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
-from embsearch_plugin.algorithms.base import AlgorithmConfig
+from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.algorithms.parts.fixed import Dims, FixedAllocation
 from embsearch_plugin.algorithms.uniform import Uniform, does_not_fit, fitting_dims, same_dim
 from embsearch_plugin.budget import Budget
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grid(AlgorithmConfig):
+class Grid(SearchConfig):
     """Settings of a grid search.
 
     Args:
@@ -57,7 +57,7 @@ class Grid(AlgorithmConfig):
         """Dims are multiples of the space's ``align``."""
         return False
 
-    def allocations(self, tables: Sequence[Table], budget: Budget, space: SearchSpace) -> Sequence[AlgorithmConfig]:
+    def allocations(self, tables: Sequence[Table], budget: Budget, space: SearchSpace) -> Sequence[SearchConfig]:
         """Return a uniform dim for each of the grid that is within the budget and the widest table.
 
         Raises:
@@ -94,6 +94,6 @@ class GridSearch(FixedAllocation):
 
 
 @hookimpl
-def embsearch_register_algorithms() -> Sequence[type[AlgorithmConfig]]:
+def embsearch_register_algorithms() -> Sequence[type[SearchConfig]]:
     """Register grid search."""
     return [Grid]

@@ -5,7 +5,7 @@ weights above one threshold. Fine-tuning is the training that goes on after ``co
 
 One shot by default. With ``rounds`` above one, pruning and training take turns, as Han et al. advise: round k of n keeps the
 share budget ** (k / n) of the bytes, so that each round removes the same part of what is left; what is removed stays so,
-unless ranks are refreshed (:class:`AlgorithmConfig`'s ``warm_up``): a row has the columns of the block it moves to.
+unless ranks are refreshed (:class:`SearchConfig`'s ``warm_up``): a row has the columns of the block it moves to.
 
 Differences from Han et al.:
     * Embedding tables only.
@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from embsearch_plugin.algorithms.base import AlgorithmConfig
+from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.algorithms.parts.pruning import kept_pairs, prune_pairs, prune_weights
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.hookspecs import hookimpl
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Magnitude(AlgorithmConfig):
+class Magnitude(SearchConfig):
     """Settings of magnitude pruning.
 
     Args:
@@ -121,6 +121,6 @@ def _ceiling(session: "Session", part: float) -> Budget:
 
 
 @hookimpl
-def embsearch_register_algorithms() -> Sequence[type[AlgorithmConfig]]:
+def embsearch_register_algorithms() -> Sequence[type[SearchConfig]]:
     """Register magnitude pruning."""
     return [Magnitude]

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from embsearch_plugin.algorithms.base import AlgorithmConfig
+from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.algorithms.parts.fixed import Dims, FixedAllocation, proportional
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import Table
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mde(AlgorithmConfig):
+class Mde(SearchConfig):
     """Settings of mixed dimensions.
 
     Args:
@@ -76,7 +76,7 @@ class Mde(AlgorithmConfig):
         """Dims are multiples of the space's ``align``."""
         return False
 
-    def allocations(self, tables: Sequence[Table], budget: Budget, space: SearchSpace) -> Sequence[AlgorithmConfig]:
+    def allocations(self, tables: Sequence[Table], budget: Budget, space: SearchSpace) -> Sequence[SearchConfig]:
         """Return a config for each temperature and number of blocks, as far as the space tells them apart."""
         most = max(len(space.of(table).shares) for table in tables)
         counts = dict.fromkeys(min(count, most) for count in self._tried_counts)
@@ -128,6 +128,6 @@ def popularity(blocks: RowBlocks, counts: Tensor, groups: int) -> Tensor:
 
 
 @hookimpl
-def embsearch_register_algorithms() -> Sequence[type[AlgorithmConfig]]:
+def embsearch_register_algorithms() -> Sequence[type[SearchConfig]]:
     """Register mixed dimensions."""
     return [Mde]

@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from embsearch_plugin.algorithms.base import AlgorithmConfig
+from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.algorithms.parts.block_choices import BlockChoices
 from embsearch_plugin.algorithms.parts.controller import Controller
 from embsearch_plugin.algorithms.parts.embedding_blocks import Mode
@@ -64,7 +64,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Nis(AlgorithmConfig):
+class Nis(SearchConfig):
     """Settings of NIS.
 
     Args:
@@ -262,6 +262,6 @@ def _fold(form: Form, plan: TablePlan) -> Fold:
 
 
 @hookimpl
-def embsearch_register_algorithms() -> Sequence[type[AlgorithmConfig]]:
+def embsearch_register_algorithms() -> Sequence[type[SearchConfig]]:
     """Register NIS."""
     return [Nis]

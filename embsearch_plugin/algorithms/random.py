@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from embsearch_plugin.algorithms.base import AlgorithmConfig
+from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.algorithms.parts.fixed import Dims, FixedAllocation, proportional
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import Table
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Random(AlgorithmConfig):
+class Random(SearchConfig):
     """Settings of random search.
 
     Args:
@@ -76,7 +76,7 @@ class Random(AlgorithmConfig):
         """Dims are multiples of the space's ``align``."""
         return False
 
-    def allocations(self, tables: Sequence[Table], budget: Budget, space: SearchSpace) -> Sequence[AlgorithmConfig]:
+    def allocations(self, tables: Sequence[Table], budget: Budget, space: SearchSpace) -> Sequence[SearchConfig]:
         """Return a config for each draw."""
         return [replace(self, draw=draw) for draw in range(self.draws)] if self.draw is None else [self]
 
@@ -114,6 +114,6 @@ def _draw(count: int, width: int, align: int, random: torch.Generator) -> Tensor
 
 
 @hookimpl
-def embsearch_register_algorithms() -> Sequence[type[AlgorithmConfig]]:
+def embsearch_register_algorithms() -> Sequence[type[SearchConfig]]:
     """Register random search."""
     return [Random]

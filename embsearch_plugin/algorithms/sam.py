@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from embsearch_plugin import distributed
-from embsearch_plugin.algorithms.base import AlgorithmConfig
+from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.algorithms.parts.selection import CandidateDims, CandidateSearch
 from embsearch_plugin.hookspecs import hookimpl
 
@@ -59,6 +59,6 @@ class SamSearch(CandidateSearch):
 
 
 @hookimpl
-def embsearch_register_algorithms() -> Sequence[type[AlgorithmConfig]]:
+def embsearch_register_algorithms() -> Sequence[type[SearchConfig]]:
     """Register SAM."""
     return [Sam]

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from embsearch_plugin import distributed
-from embsearch_plugin.algorithms.base import AlgorithmConfig
+from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.algorithms.uniform import Uniform, fitting_dims
 from embsearch_plugin.budget import Budget, Option, TableOptions, allocate_among
 from embsearch_plugin.collection import Table
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spectral(AlgorithmConfig):
+class Spectral(SearchConfig):
     """Settings of the spectral method.
 
     Args:
@@ -90,7 +90,7 @@ class Spectral(AlgorithmConfig):
         """Return ``fine_tuning`` of the dense training's epochs."""
         return self.fine_tuning * dense_epochs
 
-    def allocations(self, tables: Sequence[Table], budget: Budget, space: SearchSpace) -> Sequence[AlgorithmConfig]:
+    def allocations(self, tables: Sequence[Table], budget: Budget, space: SearchSpace) -> Sequence[SearchConfig]:
         """Return the method itself and its rivals: multiples of the space's ``align`` that fit the budget."""
         dims = [dim for dim in self.rivals if dim % space.align == 0]
         return [self, *(Uniform(dim=dim) for dim in fitting_dims(tables, budget, dims))]
@@ -278,6 +278,6 @@ class _Way:
 
 
 @hookimpl
-def embsearch_register_algorithms() -> Sequence[type[AlgorithmConfig]]:
+def embsearch_register_algorithms() -> Sequence[type[SearchConfig]]:
     """Register the spectral method."""
     return [Spectral]

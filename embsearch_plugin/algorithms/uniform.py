@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from embsearch_plugin.algorithms.base import AlgorithmConfig
+from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.algorithms.parts.fixed import Dims, FixedAllocation
 from embsearch_plugin.budget import Budget, human_bytes
 from embsearch_plugin.collection import Table
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Uniform(AlgorithmConfig):
+class Uniform(SearchConfig):
     """Settings of a uniform dim.
 
     Args:
@@ -117,6 +117,6 @@ def _cost(specs: Sequence[Table], dim: int, unit: str) -> int:
 
 
 @hookimpl
-def embsearch_register_algorithms() -> Sequence[type[AlgorithmConfig]]:
+def embsearch_register_algorithms() -> Sequence[type[SearchConfig]]:
     """Register uniform dims."""
     return [Uniform]

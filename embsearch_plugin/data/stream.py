@@ -88,6 +88,7 @@ class MovieLensCsvStream:
         path: the folder of the file.
         task: what is asked.
         sort: by time; otherwise the file's own order.
+        first: so many transactions and no more; by default all.
     """
 
     name: ClassVar[str] = "movielens-csv-stream"
@@ -95,6 +96,7 @@ class MovieLensCsvStream:
     path: str
     task: Literal["preference", "stars"] = "preference"
     sort: bool = False
+    first: int | None = None
 
     def load(self) -> Stream:
         """Read the file.
@@ -104,7 +106,7 @@ class MovieLensCsvStream:
         """
         path = Path(self.path) / "ratings.csv"
         ratings = movielens_csv.read_ratings(path)
-        return _stream(path, ratings, self.task, self.sort)
+        return _stream(path, ratings, self.task, self.sort, self.first)
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ class MovieLens1MStream:
         task: what is asked.
         sort: by time; otherwise the file's own order.
         users: how many, the first ones by their number.
+        first: so many transactions and no more; by default all.
     """
 
     name: ClassVar[str] = "movielens-1m-stream"
@@ -126,6 +129,7 @@ class MovieLens1MStream:
     task: Literal["preference", "stars"] = "preference"
     sort: bool = True
     users: int = 6040
+    first: int | None = None
 
     def load(self) -> Stream:
         """Read the file.
@@ -135,21 +139,25 @@ class MovieLens1MStream:
         """
         path = Path(self.path) / "ratings.dat"
         ratings = movielens.read_rating_lines(path)
-        return _stream(path, ratings.filter(pl.col("userId") <= self.users), self.task, self.sort)
+        return _stream(path, ratings.filter(pl.col("userId") <= self.users), self.task, self.sort, self.first)
 
 
 StreamData = MovieLensCsvStream | MovieLens1MStream
 CONFIGS: tuple[type[StreamData], ...] = (MovieLensCsvStream, MovieLens1MStream)
 
 
-def _stream(path: Path, ratings: pl.DataFrame, task: str, sort: bool) -> Stream:
+def _stream(path: Path, ratings: pl.DataFrame, task: str, sort: bool, first: int | None) -> Stream:
     """Make a stream of ``userId``, ``movieId``, ``rating`` and ``timestamp``."""
+    if first is not None and first < 1:
+        raise DataError(f"first must be at least 1; got {first}.")
     if not len(ratings):
         raise DataError(f"{path} must hold ratings to be streamed; none are left. Try: more users.")
     if sort:
         ratings = ratings.sort("timestamp", maintain_order=True)
     elif late := int((ratings["timestamp"].diff() < 0).sum()):
         log.warning("%s: %d ratings are older than the one before; they are processed as they come (sort: true)", path, late)
+    if first is not None:
+        ratings = ratings.head(first)
     stars = ratings["rating"].to_numpy()
     labels = stars >= LIKED if task == "preference" else np.ceil(stars).clip(1) - 1
     ids = ratings.select("userId", "movieId").to_numpy().astype(np.int64)

@@ -26,9 +26,12 @@ class Estimate:
     def of(cls, values: list[Number]) -> "Estimate | None":
         """Return the estimate from a value per seed, or None if there is none or one of them is undefined."""
         known = [value for value in values if value is not None]
-        if not known or len(known) < len(values):
-            return None
-        return cls(round(fmean(known), DIGITS), round(stdev(known), DIGITS) if len(known) > 1 else None)
+        return cls.over(known) if known and len(known) == len(values) else None
+
+    @classmethod
+    def over(cls, values: list[float]) -> "Estimate":
+        """Return the estimate from a value per seed, at least one."""
+        return cls(round(fmean(values), DIGITS), round(stdev(values), DIGITS) if len(values) > 1 else None)
 
     def __str__(self) -> str:
         return measure(self.mean) + ("" if self.spread is None else f" ± {measure(self.spread)}")

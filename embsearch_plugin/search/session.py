@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from embsearch_plugin import distributed
-from embsearch_plugin.algorithms.base import Algorithm, AlgorithmConfig
+from embsearch_plugin.algorithms.base import Algorithm, SearchConfig
 from embsearch_plugin.autocast import Autocast
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import Table
@@ -53,7 +53,7 @@ class Session:
     def __init__(
         self,
         model: nn.Module,
-        algorithm: AlgorithmConfig,
+        algorithm: SearchConfig,
         budget: Budget,
         space: SearchSpace | None = None,
         objective: Objective = train_task,

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,7 +30,6 @@ class StreamConfig(AlgorithmConfig):
         init_std: standard deviation of the normal numbers that new rows hold.
     """
 
-    streams: ClassVar[bool] = True
     warm_up: int = 1
     rows: Literal["adam", "rowwise_adagrad"] = "adam"
     row_lr: float = 0.01
@@ -90,14 +89,3 @@ class StreamAlgorithm:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state``."""
-
-
-def example_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the loss of each example (B,).
-
-    Logits (B,) and labels 0 or 1: the squared error of the probability (esapn.txt, Eq. 3). Logits (B, C) and labels
-    0 .. C - 1: the cross-entropy (Eq. 4).
-    """
-    if logits.dim() == 2:
-        return torch.nn.functional.cross_entropy(logits, labels.long(), reduction="none")
-    return (logits.sigmoid() - labels.float()).square()

@@ -20,11 +20,10 @@ class GrowingTensor:
     Args:
         shape: of one row.
         dtype: of its numbers.
-        fill: what new rows hold.
     """
 
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype, fill: float = 0.0) -> None:
-        self.shape, self._fill, self._used = tuple(shape), fill, 0
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype) -> None:
+        self.shape, self._used = tuple(shape), 0
         self._held = torch.empty(0, *shape, dtype=dtype, device="cpu")
 
     def __len__(self) -> int:
@@ -59,7 +58,7 @@ class GrowingTensor:
             held[:kept] = self._held[:kept]
             self._held = held
         if rows > self._used:
-            self._held[self._used : rows] = self._fill
+            self._held[self._used : rows] = 0
         self._used = rows
 
     def state_dict(self) -> dict[str, Any]:

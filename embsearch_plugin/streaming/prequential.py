@@ -16,11 +16,11 @@ from embsearch_plugin.decorator import prepare
 from embsearch_plugin.files import read_state, write_state
 from embsearch_plugin.machine import clock
 from embsearch_plugin.randomness import private_random
-from embsearch_plugin.streaming.base import StreamConfig, example_losses
+from embsearch_plugin.streaming.base import StreamConfig
 from embsearch_plugin.streaming.collection import Lookup
 from embsearch_plugin.streaming.recipe import StreamRecipe
 from embsearch_plugin.streaming.session import StreamSession
-from embsearch_plugin.tasks import STARS
+from embsearch_plugin.tasks import example_losses, is_right
 
 POINTS = 100  # of the curves over time
 FREQUENT = 100  # frequencies from here on are counted as one, as in the paper's Fig. 4
@@ -137,7 +137,7 @@ class Run:
         with torch.no_grad():
             _, (_, logits, labels) = self.model(batch)
         in_last = positions >= len(self.stream) - self.recipe.train.last
-        self.score.predicted(self._right(logits, labels), example_losses(logits, labels), frequencies, in_last)
+        self.score.predicted(is_right(logits, labels), example_losses(logits, labels), frequencies, in_last)
         self.seen += len(positions)
         self.past.seen = self.seen
         if len(positions) > 1:  # batch norm has nothing to learn from one
@@ -152,11 +152,6 @@ class Run:
         loss.backward()
         self.optimizer.step()
         return lookups
-
-    def _right(self, logits: Tensor, labels: Tensor) -> Tensor:
-        if self.stream.schema.task is STARS:
-            return logits.argmax(1) == labels.long()
-        return (logits > 0) == (labels > 0.5)
 
     def _widths(self, lookups: Sequence[Lookup]) -> Tensor:
         """Return the widths of the rows that were looked up, (B, 2); 0 where an id was refused."""

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from embsearch_plugin.algorithms.base import AlgorithmConfig
 from embsearch_plugin.algorithms.fixed import Fixed
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.data import stream
@@ -48,8 +47,8 @@ class StreamSearch:
         cap: how many bytes all tables of an algorithm may hold, as text: "200MB", say; none by default.
     """
 
-    algorithm: AlgorithmConfig
-    baselines: tuple[AlgorithmConfig, ...] = (Fixed(),)
+    algorithm: StreamConfig
+    baselines: tuple[StreamConfig, ...] = (Fixed(),)
     cap: str | None = None
 
     def __post_init__(self) -> None:
@@ -64,8 +63,7 @@ class StreamSearch:
     @property
     def methods(self) -> dict[str, StreamConfig]:
         """The baselines and the algorithm by name; where two share a name, their settings tell them apart."""
-        found = methods_of((*self.baselines, self.algorithm))
-        return {name: config for name, config in found.items() if isinstance(config, StreamConfig)}
+        return methods_of((*self.baselines, self.algorithm))
 
 
 @dataclass(frozen=True)
@@ -89,13 +87,6 @@ class StreamRecipe:
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise ValueError(f"seeds must hold at least one, no one twice, each 0 or more; got {list(self.seeds)}")
-
-
-def is_stream(content: Mapping[str, Any]) -> bool:
-    """Whether a recipe's plain data is that of a stream."""
-    data = content.get("data")
-    name = data.get("name") if isinstance(data, Mapping) else data
-    return name in [config.name for config in stream.CONFIGS]
 
 
 def parse_stream_recipe(content: Mapping[str, Any], source: str) -> StreamRecipe:

@@ -1,9 +1,8 @@
 """What came of a stream: who predicted best, with how many bytes, in what time; by frequency, and over time."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import yaml
@@ -15,6 +14,7 @@ from rich.table import Table
 from embsearch_plugin.budget import human_bytes
 from embsearch_plugin.files import read_json, write_text
 from embsearch_plugin.report.curves import Panels, draw_panels
+from embsearch_plugin.report.numbers import Estimate, percent, ratio
 
 Metrics = Mapping[str, Any]
 FEATURES = ("user", "item")
@@ -25,28 +25,11 @@ COLUMNS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds, and the standard deviation where there are several."""
-
-    mean: float
-    spread: float | None
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Estimate":
-        """Return that of values, one per seed."""
-        return cls(fmean(values), stdev(values) if len(values) > 1 else None)
-
-    def text(self, digits: int = 4) -> str:
-        """Return it for a table."""
-        return f"{self.mean:.{digits}f}" + ("" if self.spread is None else f" ± {self.spread:.{digits}f}")
-
-
 def headline(metrics: Metrics) -> str:
     """Say which method predicts the last transactions best, whoever it is, and whether the lead is more than the spread."""
     found = {method: _estimate(metrics, method, "last", "accuracy") for method in methods(metrics)}
     ranked = sorted(found, key=lambda method: -found[method].mean)
-    best, text = ranked[0], ", ".join(f"{method} {found[method].text()}" for method in ranked)
+    best, text = ranked[0], ", ".join(f"{method} {found[method]}" for method in ranked)
     count = int(_cells(metrics, best)[0]["last"]["transactions"])
     equal = [m for m in ranked[1:] if found[best].mean - found[m].mean <= max(found[best].spread or 0, found[m].spread or 0)]
     if len(ranked) == 1:
@@ -74,14 +57,14 @@ def _row(metrics: Metrics, method: str, numbers: float, seconds: float) -> dict[
     cells, loss = _cells(metrics, method), metrics["loss"]
     figures = [
         method + (" (cap reached)" if any(cell["stopped"] for cell in cells) else ""),
-        _estimate(metrics, method, "last", "accuracy").text(),
-        _estimate(metrics, method, "last", loss).text(),
-        _estimate(metrics, method, "whole", "accuracy").text(),
-        _estimate(metrics, method, "whole", loss).text(),
+        str(_estimate(metrics, method, "last", "accuracy")),
+        str(_estimate(metrics, method, "last", loss)),
+        str(_estimate(metrics, method, "whole", "accuracy")),
+        str(_estimate(metrics, method, "whole", loss)),
         f"{_numbers(cells):,.0f}",
-        f"{_numbers(cells) / max(numbers, 1):.1%}",
+        percent(_numbers(cells), numbers),
         human_bytes(round(fmean(cell["held_bytes"] for cell in cells))),
-        f"{fmean(cell['seconds'] for cell in cells) / max(seconds, 1e-9):.2f}\N{MULTIPLICATION SIGN}",
+        ratio(fmean(cell["seconds"] for cell in cells), seconds),
         str(len(cells)),
     ]
     return dict(zip(COLUMNS, figures, strict=True))
@@ -183,7 +166,7 @@ def _cells(metrics: Metrics, method: str) -> list[Mapping[str, Any]]:
 
 
 def _estimate(metrics: Metrics, method: str, part: str, figure: str) -> Estimate:
-    return Estimate.of([cell[part][figure] for cell in _cells(metrics, method)])
+    return Estimate.over([cell[part][figure] for cell in _cells(metrics, method)])
 
 
 def _numbers(cells: Sequence[Mapping[str, Any]]) -> float:

@@ -22,14 +22,15 @@ from embsearch_plugin.plan import SizePlan
 from embsearch_plugin.plugins import find_collections
 from embsearch_plugin.randomness import private_random
 from embsearch_plugin.search.objective import Objective, Outcome, evaluating, move, outcome_of, train_task, untouched
+from embsearch_plugin.search.session import ATTRIBUTE
 from embsearch_plugin.search.validation import ValidationStream
-from embsearch_plugin.streaming.base import StreamAlgorithm, StreamConfig, example_losses
+from embsearch_plugin.streaming.base import StreamAlgorithm, StreamConfig
 from embsearch_plugin.streaming.collection import Lookup, StreamingEmbeddingBagCollection
 from embsearch_plugin.streaming.serving import fill, plan_of, same_plans
 from embsearch_plugin.streaming.table import Ceiling, GrowingTable, cap_in_bytes
+from embsearch_plugin.tasks import example_losses
 
 log = logging.getLogger(__name__)
-ATTRIBUTE = "_embsearch_session"  # where a model keeps its session
 
 
 class StreamSession:

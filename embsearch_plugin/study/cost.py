@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from embsearch_plugin.algorithms.base import AlgorithmConfig
+from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.cells import DENSE
 from embsearch_plugin.recipes import Recipe
 from embsearch_plugin.study.parameters import BUDGETS, parameters, possible_algorithms, study_of
@@ -56,11 +56,11 @@ def estimate(recipe: Recipe, trials: int) -> Estimate:
     return Estimate(seeds * (1.0 + shared), seeds * each, compared * len(recipe.search.budgets), trials)
 
 
-def _serves_every_budget(config: AlgorithmConfig) -> bool:
+def _serves_every_budget(config: SearchConfig) -> bool:
     return config.trains and not config.searches_within_budget
 
 
-def _last_stage(config: AlgorithmConfig) -> float:
+def _last_stage(config: SearchConfig) -> float:
     """Return what training the compact model takes at most."""
     limit = config.fine_tuning_epochs(LONG) if config.starts_from == DENSE else None
     return 1.0 if limit is None else min(limit / LONG, 1.0)

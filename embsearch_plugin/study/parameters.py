@@ -7,7 +7,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from embsearch_plugin.algorithms.base import AlgorithmConfig
+from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.errors import EmbsearchError, RecipeError, did_you_mean
 from embsearch_plugin.plugins import algorithms
@@ -120,7 +120,7 @@ def check(recipe: Recipe) -> None:
     _raise_any(problems)
 
 
-def possible_algorithms(recipe: Recipe) -> list[AlgorithmConfig]:
+def possible_algorithms(recipe: Recipe) -> list[SearchConfig]:
     """Return the algorithms that a trial may be of."""
     choice = next((p for p in parameters(recipe) if p.key == ALGORITHM), None)
     if choice is None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import optuna
 
-from embsearch_plugin.algorithms.base import AlgorithmConfig
+from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.errors import RecipeError
 from embsearch_plugin.ranges import Range
@@ -73,7 +73,7 @@ def _number(trial: optuna.trial.BaseTrial, name: str, low: float, high: float, v
     return trial.suggest_float(name, low, high, log=values.log, step=values.step)
 
 
-def laid_out(trial: optuna.trial.BaseTrial, layout: Layout, algorithm: AlgorithmConfig) -> dict[str, Any]:
+def laid_out(trial: optuna.trial.BaseTrial, layout: Layout, algorithm: SearchConfig) -> dict[str, Any]:
     """Draw how tables are cut, for all of them or for each group; return what the recipe says of it."""
     if not layout.groups:
         return {f"search.space.{name}": value for name, value in _cuts(trial, layout, algorithm, "")}
@@ -84,7 +84,7 @@ def laid_out(trial: optuna.trial.BaseTrial, layout: Layout, algorithm: Algorithm
     return {"search.space.groups": groups} if algorithm.cuts_rows or algorithm.cuts_columns else {}
 
 
-def _cuts(trial: optuna.trial.BaseTrial, layout: Layout, algorithm: AlgorithmConfig, group: str) -> Iterator[tuple[str, Any]]:
+def _cuts(trial: optuna.trial.BaseTrial, layout: Layout, algorithm: SearchConfig, group: str) -> Iterator[tuple[str, Any]]:
     if layout.row_blocks is not None and algorithm.cuts_rows:
         yield "row_blocks", _shares(trial, f"{group}row_blocks", layout.row_blocks, f"{group}row_growth", layout.row_growth)
     if layout.column_chunks is not None and algorithm.cuts_columns:

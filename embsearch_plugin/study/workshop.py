@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from embsearch_plugin.algorithms.base import AlgorithmConfig
+from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.cells import DENSE_MODEL, Cells, Place, Row
 from embsearch_plugin.collection import Table
 from embsearch_plugin.data.dataset import Dataset
@@ -102,7 +102,7 @@ def place_of(recipe: Recipe) -> Place:
     return Place(name, recipe.search.budgets[0], "", config)
 
 
-def with_method(recipe: Recipe, algorithm: AlgorithmConfig, budget: str) -> Recipe:
+def with_method(recipe: Recipe, algorithm: SearchConfig, budget: str) -> Recipe:
     """Return a recipe of one method at one budget."""
     return replace(recipe, search=Search(algorithm, (), (budget,), recipe.search.space), study=None)
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 import embsearch_plugin as es
 from embsearch_plugin.algorithms.esapn import ENLARGE, EsapnSearch, widths_within
-from embsearch_plugin.streaming.base import example_losses
 from embsearch_plugin.streaming.collection import Lookup
 from embsearch_plugin.streaming.session import StreamSession
 from embsearch_plugin.streaming.table import GrowingTable
+from embsearch_plugin.tasks import example_losses
 
 T = 3
 CONFIG = es.Esapn(**STREAMING["esapn"], losses=T)

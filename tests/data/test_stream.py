@@ -130,3 +130,10 @@ def test_every_transaction_of_the_past_is_as_likely(tmp_path: Path) -> None:
     expected = Counter((user, item) for user, item, _ in columns(stream)[:40])
     assert drawn.keys() == expected.keys()
     assert all(400 * times < drawn[each] < 600 * times for each, times in expected.items())
+
+
+def test_only_the_first_transactions_can_be_taken(tmp_path: Path) -> None:
+    whole, part = csv(tmp_path, sort=True).load(), csv(tmp_path, sort=True, first=3).load()
+    assert len(part) == 3 and torch.equal(part.frequencies, whole.frequencies[:3])
+    with pytest.raises(DataError, match="first must be at least 1; got 0"):
+        csv(tmp_path, first=0).load()

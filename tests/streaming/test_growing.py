@@ -22,10 +22,10 @@ def moves(tensor: GrowingTensor, sizes: list[int]) -> int:
 
 @given(st.lists(st.integers(0, 300), max_size=30), st.sampled_from([(), (3,), (2, 2)]))
 def test_it_is_a_list_that_grows_and_shrinks_at_its_end(sizes: list[int], shape: tuple[int, ...]) -> None:
-    tensor, rows = GrowingTensor(shape, torch.float32, fill=0.5), []
+    tensor, rows = GrowingTensor(shape, torch.float32), []
     for size in sizes:
         tensor.resize(size)
-        rows = rows[:size] + [torch.full(shape, 0.5)] * (size - len(rows))
+        rows = rows[:size] + [torch.zeros(shape)] * (size - len(rows))
         assert len(tensor) == len(tensor.values) == size
         assert all(torch.equal(row, kept) for row, kept in zip(tensor.values, rows, strict=True))
         fresh = torch.randn(size, *shape)

@@ -307,6 +307,13 @@ def test_a_stream_algorithm_in_an_ordinary_recipe_is_refused() -> None:
     assert "esapn works on streams only, such as data: movielens-csv-stream" in " ".join(result.output.split())
 
 
+@pytest.mark.parametrize("command", [("study",), ("apply", RECIPES / "demo.yaml")])
+def test_what_does_not_take_streams_says_so(command: tuple[object, ...]) -> None:
+    result = invoke(*command, RECIPES / "stream_ml1m_esapn.yaml")
+    assert result.exit_code == 1 and "Traceback" not in result.output
+    assert "is the recipe of a stream, which embsearch run takes" in " ".join(result.output.split())
+
+
 def test_recipes_are_written_as_they_are_read(tmp_path: Path) -> None:
     recipe = small(tmp_path / "data", 200)
     run_stream(recipe, tmp_path / "out")

@@ -12,7 +12,7 @@ from torchrec.optim import RowWiseAdagrad
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 import embsearch_plugin as es
-from embsearch_plugin.algorithms.base import AlgorithmConfig
+from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.collection import Table
 from embsearch_plugin.compact.fold import Fold
 from embsearch_plugin.errors import UnsupportedCollection
@@ -37,7 +37,7 @@ class Halves(Form):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Toy(AlgorithmConfig):
+class Toy(SearchConfig):
     """An algorithm that does nothing by itself."""
 
     name: ClassVar[str] = "toy"

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 import embsearch_plugin as es
-from embsearch_plugin.algorithms.base import AlgorithmConfig
+from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.budget import Option, TableOptions, allocate
 from embsearch_plugin.plan import TablePlan, remap_bytes
 from embsearch_plugin.ranges import Range, Ranges
@@ -19,7 +19,7 @@ from embsearch_plugin.search.tables import SearchTable
 
 
 @dataclass(frozen=True, kw_only=True)
-class Frequency(AlgorithmConfig):
+class Frequency(SearchConfig):
     """Settings of the rule.
 
     Args:
@@ -91,6 +91,6 @@ def _plan(table: SearchTable, dims: Sequence[int]) -> TablePlan:
 
 
 @es.hookimpl
-def embsearch_register_algorithms() -> Sequence[type[AlgorithmConfig]]:
+def embsearch_register_algorithms() -> Sequence[type[SearchConfig]]:
     """Register the rule."""
     return [Frequency]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from embsearch_plugin.algorithms.base import AlgorithmConfig
+from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.algorithms.parts.candidates import FORMS, CandidateForm, Lookup, candidates_of
 from embsearch_plugin.algorithms.parts.scoring import losses
 from embsearch_plugin.budget import Budget, Option, TableOptions, allocate
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CandidateDims(AlgorithmConfig):
+class CandidateDims(SearchConfig):
     """What AutoDim and SAM have in common: the supernet, and how a plan comes of it.
 
     Args:
