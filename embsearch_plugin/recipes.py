@@ -28,7 +28,7 @@ from embsearch_plugin.plugins import algorithms
 from embsearch_plugin.ranges import Range, Ranges
 from embsearch_plugin.space import SearchSpace
 from embsearch_plugin.streaming.base import StreamConfig
-from embsearch_plugin.study.config import Study
+from embsearch_plugin.study.config import Study, hidden
 
 Config = TypeVar("Config", bound=AlgorithmConfig)
 
@@ -309,9 +309,17 @@ def to_plain(value: Any) -> Any:
     return [to_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-def to_yaml(recipe: object) -> str:
-    """Return a recipe as YAML, every default written out."""
-    return yaml.safe_dump(to_plain(recipe), sort_keys=False)
+def recorded(recipe: Any) -> dict[str, Any]:
+    """Return a recipe as plain data for a run folder, without the password of a study's storage."""
+    content: dict[str, Any] = to_plain(recipe)
+    if (study := content.get("study")) and study["storage"]:
+        study["storage"] = hidden(study["storage"])
+    return content
+
+
+def to_yaml(recipe: Any) -> str:
+    """Return a recipe as YAML for a run folder, every default written out."""
+    return yaml.safe_dump(recorded(recipe), sort_keys=False)
 
 
 def _parsed(override: str) -> tuple[str, Any]:

@@ -35,7 +35,7 @@ from embsearch_plugin.machine import machine, versions
 from embsearch_plugin.plan import SizePlan
 from embsearch_plugin.plugins import find_collections, manager
 from embsearch_plugin.randomness import private_random
-from embsearch_plugin.recipes import Recipe, settings, to_plain, to_yaml
+from embsearch_plugin.recipes import Recipe, recorded, settings, to_yaml
 from embsearch_plugin.report.page import write_report
 from embsearch_plugin.saving import PLAN
 from embsearch_plugin.search.tables import check_fused_widths
@@ -78,7 +78,7 @@ def run(recipe: Recipe, folder: Path, *, resume: bool = False, watcher: Watcher 
 def _metrics(matrix: "Matrix", chosen: dict[Contest, Choice]) -> dict[str, Any]:
     rows = matrix.rows(chosen)
     return {
-        "recipe": to_plain(matrix.recipe),
+        "recipe": recorded(matrix.recipe),
         "versions": versions(),
         "machine": machine(),
         "algorithm": next(iter(matrix.recipe.search.methods)),

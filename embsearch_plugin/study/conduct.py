@@ -19,13 +19,13 @@ from embsearch_plugin.recipes import Recipe, load_recipe, to_plain, to_yaml
 from embsearch_plugin.report.study import write_study_report
 from embsearch_plugin.run import differing
 from embsearch_plugin.space import SearchSpace, TableGroup
-from embsearch_plugin.study.config import Study
+from embsearch_plugin.study.config import Study, hidden
 from embsearch_plugin.study.cost import estimate
 from embsearch_plugin.study.parameters import check, study_of
 from embsearch_plugin.study.parts import pruner_of, sampler_of
 from embsearch_plugin.study.results import STUDY, Findings, described, spent
 from embsearch_plugin.study.space import REASON
-from embsearch_plugin.study.storage import alive, explained, hidden, retry, retry_lost, storage_of, url_of
+from embsearch_plugin.study.storage import alive, explained, name_metrics, retry, retry_lost, storage_of, url_of
 from embsearch_plugin.study.trial import Objective, objectives_of
 from embsearch_plugin.study.workshop import RECIPE, Workshop
 from embsearch_plugin.tasks import Metric
@@ -109,6 +109,7 @@ class Conductor:
                 load_if_exists=True,
             )
             self._claim_study(study, {BEGUN_WITH: _compared(self.recipe), DATA: workshop.fingerprint})
+            name_metrics(study, [objective.name for objective in objectives])
             self._join(study)
         return study
 

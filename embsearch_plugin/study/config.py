@@ -1,5 +1,6 @@
 """The section ``study`` of a recipe: what is varied, and what is wanted. Plain data."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -110,3 +111,8 @@ def _named(part: str, given: Any) -> Any:
     if isinstance(given, str):
         return {"name": given}
     raise ValueError(f"{part} must be the name of a class of Optuna's, or a mapping with a name; got {given!r}")
+
+
+def hidden(url: str) -> str:
+    """Return a storage's URL without its password."""
+    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", url)

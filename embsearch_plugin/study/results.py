@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 from embsearch_plugin.budget import human_bytes
 from embsearch_plugin.cells import DENSE, Row
 from embsearch_plugin.machine import machine, versions
-from embsearch_plugin.recipes import Recipe, to_plain
+from embsearch_plugin.recipes import Recipe, recorded
 from embsearch_plugin.study.front import front, knee
 from embsearch_plugin.study.space import REASON
 from embsearch_plugin.study.trial import CELL, SECONDS, objectives_of, worth
@@ -51,7 +51,7 @@ class Findings:
         trials, references = self.trials(), self._references()
         chosen = self.chosen(trials)
         return {
-            "recipe": to_plain(self.recipe),
+            "recipe": recorded(self.recipe),
             "versions": versions(),
             "machine": machine(),
             "objectives": [{"key": o.key, "name": o.name, "sign": o.sign} for o in self.objectives],

@@ -1,6 +1,5 @@
 """Where a study is kept: Optuna's storages by URL, and what becomes of the trials of workers that were killed."""
 
-import re
 import shutil
 import socket
 import warnings
@@ -16,6 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from embsearch_plugin.errors import EmbsearchError, StudyError
 from embsearch_plugin.files import is_locked, locked
+from embsearch_plugin.study.config import hidden
 
 RUNNING, WORKER = "running", "worker"
 MAX_RETRIES = 3
@@ -53,6 +53,13 @@ def retry_callback() -> RetryHeartbeatStaleTrialCallback:
         return RetryHeartbeatStaleTrialCallback(max_retry=MAX_RETRIES)
 
 
+def name_metrics(study: optuna.Study, names: list[str]) -> None:
+    """Name a study's values, for Optuna's own plots and dashboard."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        study.set_metric_names(names)
+
+
 @contextmanager
 def explained(url: str) -> Iterator[None]:
     """Turn what goes wrong with a storage, or with the disk, into an error that says what to do."""
@@ -64,7 +71,7 @@ def explained(url: str) -> Iterator[None]:
         if not (isinstance(error, OSError | StorageInternalError | ImportError) or type(error).__module__.startswith(_DRIVERS)):
             raise
         raise StudyError(
-            f"the study cannot go on, because its storage {hidden(url)} or the disk cannot be used: {_first_line(error)}.\n"
+            f"the study cannot go on, because its storage {hidden(url)} or the disk cannot be used: {_first_line(error)}\n"
             "  Possible solutions: 1) see that the storage can be reached, and that the disk is not full  2) another storage.\n"
             "  Nothing is lost: the same command goes on with what was finished."
         ) from error
@@ -75,12 +82,7 @@ _DRIVERS = ("sqlalchemy", "sqlite3", "redis", "psycopg", "pymysql", "MySQLdb", "
 
 def _first_line(error: Exception) -> str:
     cause = error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ else error
-    return f"{type(cause).__name__}: {(str(cause).splitlines() or ['no more is known'])[0]}"
-
-
-def hidden(url: str) -> str:
-    """Return a URL without its password."""
-    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", url)
+    return f"{type(cause).__name__}: {(str(cause).splitlines() or ['no more is known.'])[0].rstrip('.')}."
 
 
 def worker(folder: Path) -> str:

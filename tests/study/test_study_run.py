@@ -17,6 +17,7 @@ from embsearch_plugin.data import movielens
 from embsearch_plugin.errors import RecipeError, RunFolderError, SpaceError, StudyError
 from embsearch_plugin.recipes import load_recipe, to_yaml
 from embsearch_plugin.study import compare
+from embsearch_plugin.study.storage import storage_of
 from study.conftest import BUDGETS, RANDOM, Conduct, Seen, small
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -65,6 +66,7 @@ def test_the_storage_is_optunas_own(conduct: Conduct, tmp_path: Path) -> None:
     study = optuna.load_study(study_name=None, storage=f"sqlite:///{tmp_path / 'study' / 'study.db'}")
     assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 2
     assert [direction.name for direction in study.directions] == ["MAXIMIZE", "MINIMIZE"]
+    assert study.metric_names == ["AUC", "bytes"]
 
 
 def test_trials_share_the_dense_model_and_a_search_that_serves_every_budget(conduct: Conduct) -> None:
@@ -193,6 +195,15 @@ def test_a_journal_file_will_do(conduct: Conduct, tmp_path: Path) -> None:
     found = conduct(small({"fields": BUDGETS, "storage": f"journal:///{tmp_path / 'study.log'}"}), 2)
     assert states(found) == ["complete"] * 2
     assert not (tmp_path / "study" / "study.db").exists()
+
+
+def test_the_password_of_a_storage_is_written_nowhere(
+    conduct: Conduct, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("embsearch_plugin.study.conduct.storage_of", lambda url: storage_of(f"sqlite:///{tmp_path / 'all.db'}"))
+    conduct(small({"fields": BUDGETS, "storage": "postgresql://me:secret@localhost/x"}), 1)
+    written = [path for path in (tmp_path / "study").rglob("*") if path.is_file()]
+    assert len(written) > 3 and not [path for path in written if b"secret" in path.read_bytes()]
 
 
 def test_a_study_of_another_space_is_not_joined(conduct: Conduct, tmp_path: Path) -> None:
