@@ -41,7 +41,8 @@ def run(recipe: Path, overrides: tuple[str, ...], out: Path | None, resume: bool
     from rich.console import Console
 
     from embsearch_plugin.progress import ProgressWatcher
-    from embsearch_plugin.recipes import is_stream, parse_recipe, read_content
+    from embsearch_plugin.recipe_files import read_content
+    from embsearch_plugin.recipes import is_stream, parse_recipe
     from embsearch_plugin.report.headline import headline
     from embsearch_plugin.report.text import results_table
     from embsearch_plugin.run import run as run_recipe

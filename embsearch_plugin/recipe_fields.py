@@ -16,9 +16,10 @@ from embsearch_plugin.data import stream
 from embsearch_plugin.data.own import OwnData
 from embsearch_plugin.models.own import OwnModel
 from embsearch_plugin.models.stream_mlp import StreamMlp
+from embsearch_plugin.plain import to_plain
 from embsearch_plugin.plugins import BUILTIN, algorithms
 from embsearch_plugin.ranges import Choices, Range
-from embsearch_plugin.recipes import Fused, Recipe, Search, Train, Tune, to_plain
+from embsearch_plugin.recipes import Fused, Recipe, Search, Train, Tune
 from embsearch_plugin.space import SearchSpace, TableGroup
 from embsearch_plugin.streaming.base import StreamConfig
 from embsearch_plugin.streaming.recipe import StreamRecipe, StreamSearch, StreamTrain

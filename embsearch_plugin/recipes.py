@@ -1,16 +1,12 @@
 """Recipes: a run in YAML, read as a whole, with every problem listed at once."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
-from types import UnionType
-from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, ClassVar, TypeVar
 
-import cattrs
 import yaml
-from cattrs.gen import make_dict_structure_fn
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch.optim import SGD, Adagrad, Adam, Optimizer
 
@@ -20,19 +16,15 @@ from embsearch_plugin.algorithms.magnitude import Magnitude
 from embsearch_plugin.algorithms.uniform import Uniform
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.data import stream
-from embsearch_plugin.data.own import OwnData
-from embsearch_plugin.errors import EmbsearchError, RecipeError, did_you_mean
-from embsearch_plugin.models.own import OwnModel
-from embsearch_plugin.models.stream_mlp import StreamMlp
-from embsearch_plugin.plugins import algorithms
+from embsearch_plugin.errors import RecipeError, did_you_mean
+from embsearch_plugin.plain import structured, to_plain
 from embsearch_plugin.ranges import Range, Ranges
+from embsearch_plugin.recipe_files import put, read_content
 from embsearch_plugin.space import SearchSpace
-from embsearch_plugin.streaming.base import StreamConfig
 from embsearch_plugin.study.config import Study, hidden
 
 Config = TypeVar("Config", bound=AlgorithmConfig)
 
-VARIED = ["study", "fields"]
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adam": Adam, "adagrad": Adagrad, "sgd": SGD}
 
 
@@ -207,55 +199,6 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return parse_recipe(read_content(path, overrides), str(path))
 
 
-def read_content(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Return a recipe's plain data, with what it extends, and with overrides.
-
-    Raises:
-        RecipeError: where a file cannot be read, is not YAML or no mapping, or an override is wrong.
-    """
-    content = _read(Path(path), ())
-    for override in overrides:
-        put(content, *_parsed(override))
-    return content
-
-
-def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
-    """Read a recipe and all that it extends; ``readers`` are the recipes that led here."""
-    if path.resolve() in readers:
-        raise RecipeError(f"{path} extends itself, by way of {', '.join(reader.name for reader in readers)}.")
-    content = _content(path)
-    base = content.pop("extends", None)
-    if base is None:
-        return content
-    if not isinstance(base, str):
-        raise RecipeError(f"extends must be the path of a recipe; got {base!r} in {path}.")
-    return _merged(_read(path.parent / base, (*readers, path.resolve())), content)
-
-
-def _merged(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in other.items():
-        old = merged.pop(key, None)
-        both = isinstance(old, dict) and isinstance(value, dict)
-        if both and value.get("name", old.get("name")) == old.get("name"):
-            merged[key] = _merged(old, value)
-        elif value is not None:
-            merged[key] = value
-    return merged
-
-
-def _content(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"cannot read the recipe {path}: {error.strerror}. Recipes end in .yaml.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise RecipeError(f"{path} must hold a mapping with data, model and search; got {type(content).__name__}.")
-    return content
-
-
 def overridden(recipe: Recipe, values: Mapping[str, Any], source: str) -> Recipe:
     """Return a recipe with other values, plain ones by key (``train.lr``); ``source`` is named in errors."""
     content: dict[str, Any] = to_plain(recipe)
@@ -283,32 +226,6 @@ def is_stream(content: Mapping[str, Any]) -> bool:
     return name in [config.name for config in stream.CONFIGS]
 
 
-def structured(content: Mapping[str, Any], cls: Any, source: str) -> Any:
-    """Turn plain data into a dataclass of recipes; ``source`` is named in errors.
-
-    Raises:
-        RecipeError: where something in it is wrong; lists all problems.
-    """
-    try:
-        return _converter().structure(content, cls)
-    except (cattrs.BaseValidationError, cattrs.StructureHandlerNotFoundError) as error:
-        problems = [problem.replace("$", "recipe") for problem in cattrs.transform_error(error, format_exception=_message)]
-        raise RecipeError(f"{len(problems)} problem{'s' * (len(problems) > 1)} in {source}: {'; '.join(problems)}.") from error
-    except EmbsearchError as error:
-        raise RecipeError(f"1 problem in {source}: {error}") from error
-
-
-def to_plain(value: Any) -> Any:
-    """Return a recipe as plain data, every default written out; :func:`parse_recipe` reads it back."""
-    if is_dataclass(value):
-        name = getattr(value, "name", None)
-        named = {} if name is None else {"name": name}
-        return named | {f.name: to_plain(getattr(value, f.name)) for f in fields(value)}
-    if isinstance(value, Mapping):
-        return {key: to_plain(item) for key, item in value.items()}
-    return [to_plain(item) for item in value] if isinstance(value, tuple) else value
-
-
 def recorded(recipe: Any) -> dict[str, Any]:
     """Return a recipe as plain data for a run folder, without the password of a study's storage."""
     content: dict[str, Any] = to_plain(recipe)
@@ -320,141 +237,3 @@ def recorded(recipe: Any) -> dict[str, Any]:
 def to_yaml(recipe: Any) -> str:
     """Return a recipe as YAML for a run folder, every default written out."""
     return yaml.safe_dump(recorded(recipe), sort_keys=False)
-
-
-def _parsed(override: str) -> tuple[str, Any]:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise RecipeError(f"an override is key=value, such as train.epochs=3; got {override!r}.")
-    try:
-        return key, yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"the value of the override {override!r} is not YAML: {error}") from error
-
-
-def put(content: dict[str, Any], key: str, value: Any) -> None:
-    """Set a value of a recipe as plain data, by its key with dots.
-
-    Raises:
-        RecipeError: where the key leads into something that holds no fields.
-    """
-    *parents, last = key.split(".")
-    if parents[:2] == VARIED:  # names of fields, which have dots themselves
-        parents, last = VARIED, key.split(".", 2)[2]
-    for parent in parents:
-        inner = content.setdefault(parent, {})
-        if inner is None:
-            inner = content[parent] = {}
-        if isinstance(inner, str):  # `algorithm: dnis` is short for `algorithm: {name: dnis}`
-            inner = content[parent] = {"name": inner}
-        if not isinstance(inner, dict):
-            raise RecipeError(f"the override of {key!r} goes into {parent!r}, which is {inner!r} and holds no fields.")
-        content = inner
-    content[last] = value
-
-
-def _converter() -> cattrs.Converter:
-    converter = cattrs.Converter(forbid_extra_keys=True)
-    for primitive in (int, float, bool, str):
-        converter.register_structure_hook(primitive, _strictly)
-    converter.register_structure_hook_func(_is_tuple, _list_only(converter.get_structure_hook(tuple[int, ...])))
-    converter.register_structure_hook_func(_is_literal, _one_of_the_named)
-    converter.register_structure_hook_func(_is_union, lambda value, union: _one_of(converter, value, union))
-    for base, known, own in (
-        (data.DataConfig, lambda: {c.name: c for c in data.CONFIGS}, OwnData),
-        (stream.StreamData, lambda: {c.name: c for c in stream.CONFIGS}, None),
-        (StreamMlp, lambda: {StreamMlp.name: StreamMlp}, None),
-        (models.ModelConfig, lambda: {c.name: c for c in models.CONFIGS}, OwnModel),
-        (SearchConfig, algorithms, None),
-        (StreamConfig, algorithms, None),
-    ):
-        converter.register_structure_hook_func(_is(base), _by_name(converter, known, own))
-    return converter
-
-
-def _is(wanted: object) -> Callable[[object], bool]:
-    return lambda cls: cls is wanted or cls == wanted
-
-
-def _is_union(cls: object) -> bool:
-    return get_origin(cls) in (Union, UnionType)
-
-
-def _is_literal(cls: object) -> bool:
-    origin: object = get_origin(cls)
-    return origin is Literal
-
-
-def _is_tuple(cls: object) -> bool:
-    return get_origin(cls) is tuple
-
-
-def _list_only(structure: Callable[[Any, Any], Any]) -> Callable[[object, object], object]:
-    """Refuse a text where a list is expected: it would be taken for a list of its letters."""
-
-    def checked(value: object, cls: object) -> object:
-        if not isinstance(value, list):
-            raise TypeError(f"expected a list, got {value!r}")
-        return structure(value, cls)
-
-    return checked
-
-
-def _strictly(value: object, cls: type) -> object:
-    """Take no value for another type's: ``bool("no")`` would be true.
-
-    For a float, an int will do, and ``1e-3``, which YAML takes for a text because it has no point.
-    """
-    if cls is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if cls is float and isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?e[+-]?\d+", value, re.IGNORECASE):
-        return float(value)
-    if type(value) is not cls:
-        raise TypeError(f"expected {cls.__name__}, got {value!r}")
-    return value
-
-
-def _one_of_the_named(value: object, literal: object) -> object:
-    if value not in get_args(literal):
-        raise ValueError(f"unknown value {value!r}.{did_you_mean(str(value), get_args(literal))}")
-    return value
-
-
-def _one_of(converter: cattrs.Converter, value: object, union: object) -> object:
-    """Structure a value of a union of at most one tuple, plain types and None; its YAML form tells which."""
-    options = [cls for cls in get_args(union) if cls is not type(None)]
-    if value is None and len(options) < len(get_args(union)):
-        return None
-    fitting = [cls for cls in options if (get_origin(cls) is tuple) == isinstance(value, list)]
-    chosen = next((cls for cls in fitting if cls is type(value)), (fitting or options)[0])
-    if is_dataclass(chosen) and not isinstance(value, dict):
-        or_list = " or a list" * (len(options) > len([cls for cls in options if get_origin(cls) is not tuple]))
-        raise TypeError(f"expected a mapping with {', '.join(f.name for f in fields(chosen))}{or_list}, got {value!r}")
-    return converter.structure(value, chosen)
-
-
-def _by_name(
-    converter: cattrs.Converter, known: Callable[[], Mapping[str, type]], own: type | None
-) -> Callable[[object, object], object]:
-    """Structure a config by its name; ``own`` is that of a name such as ``package.module:function``."""
-
-    def structure(value: object, _: object) -> object:
-        given = {"name": value} if isinstance(value, str) else dict(value) if isinstance(value, dict) else {}
-        name = given.pop("name", None)
-        if own is not None and isinstance(name, str) and ":" in name:
-            return make_dict_structure_fn(own, converter, _cattrs_forbid_extra_keys=True)(given | {"name": name}, own)
-        if name not in known():
-            raise ValueError(f"unknown name {name!r}.{did_you_mean(str(name), known())}".rstrip("."))
-        cls = known()[name]
-        return make_dict_structure_fn(cls, converter, _cattrs_forbid_extra_keys=True)(given, cls)
-
-    return structure
-
-
-def _message(error: BaseException, cls: type | None) -> str:
-    if isinstance(error, cattrs.ForbiddenExtraKeysError):
-        known = [f.name for f in fields(error.cl)]
-        return "; ".join(f"extra field {key!r}.{did_you_mean(key, known)}".rstrip(".") for key in sorted(error.extra_fields))
-    if isinstance(error, KeyError):
-        return f"required field {error.args[0]!r} is missing"
-    return str(error).rstrip(".")

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from embsearch_plugin.errors import DataError, ModelError, RecipeError
-from embsearch_plugin.recipes import load_recipe, parse_recipe, to_plain
+from embsearch_plugin.plain import to_plain
+from embsearch_plugin.recipes import load_recipe, parse_recipe
 from embsearch_plugin.run import run
 
 MODULE = """

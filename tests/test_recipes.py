@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from embsearch_plugin.errors import RecipeError
+from embsearch_plugin.plain import to_plain
 from embsearch_plugin.plugins import algorithms
-from embsearch_plugin.recipes import Train, Tune, load_recipe, parse_recipe, to_plain, to_yaml
+from embsearch_plugin.recipes import Train, Tune, load_recipe, parse_recipe, to_yaml
 
 RECIPES = sorted(path for path in (Path(__file__).parents[1] / "recipes").glob("*.yaml") if not path.stem.startswith("stream_"))
 MINIMAL = {"data": "planted", "model": "dlrm", "search": {"algorithm": "dnis"}}

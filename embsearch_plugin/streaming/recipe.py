@@ -8,7 +8,8 @@ from embsearch_plugin.algorithms.fixed import Fixed
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.data import stream
 from embsearch_plugin.models.stream_mlp import StreamMlp
-from embsearch_plugin.recipes import methods_of, structured
+from embsearch_plugin.plain import structured
+from embsearch_plugin.recipes import methods_of
 from embsearch_plugin.streaming.base import StreamConfig
 from embsearch_plugin.streaming.table import cap_in_bytes
 

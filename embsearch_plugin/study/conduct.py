@@ -15,7 +15,8 @@ from optuna.trial import FrozenTrial, TrialState
 from embsearch_plugin.cells import Row
 from embsearch_plugin.errors import NonFiniteLoss, RunFolderError, StudyError
 from embsearch_plugin.files import locked, write_json, write_text
-from embsearch_plugin.recipes import Recipe, load_recipe, to_plain, to_yaml
+from embsearch_plugin.plain import to_plain
+from embsearch_plugin.recipes import Recipe, load_recipe, to_yaml
 from embsearch_plugin.report.study import write_study_report
 from embsearch_plugin.run import differing
 from embsearch_plugin.space import SearchSpace, TableGroup

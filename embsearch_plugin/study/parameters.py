@@ -10,9 +10,10 @@ import yaml
 from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.errors import EmbsearchError, RecipeError, did_you_mean
+from embsearch_plugin.plain import to_plain
 from embsearch_plugin.plugins import algorithms
 from embsearch_plugin.ranges import Choices, Range, Ranges, is_number
-from embsearch_plugin.recipes import Recipe, overridden, to_plain
+from embsearch_plugin.recipes import Recipe, overridden
 from embsearch_plugin.study.config import Study
 
 ALGORITHM, BUDGETS = "search.algorithm", "search.budgets"

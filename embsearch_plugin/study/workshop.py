@@ -23,9 +23,10 @@ from embsearch_plugin.cells import DENSE_MODEL, Cells, Place, Row
 from embsearch_plugin.collection import Table
 from embsearch_plugin.data.dataset import Dataset
 from embsearch_plugin.files import write_text
+from embsearch_plugin.plain import to_plain
 from embsearch_plugin.plugins import find_collections
 from embsearch_plugin.randomness import private_random
-from embsearch_plugin.recipes import Recipe, Search, load_recipe, to_plain, to_yaml
+from embsearch_plugin.recipes import Recipe, Search, load_recipe, to_yaml
 from embsearch_plugin.run import row_frequencies
 from embsearch_plugin.tasks import Score
 from embsearch_plugin.training import Watcher

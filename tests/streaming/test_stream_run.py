@@ -23,7 +23,7 @@ from embsearch_plugin.data.stream import MovieLensCsvStream, Past
 from embsearch_plugin.errors import RecipeError, RunFolderError
 from embsearch_plugin.models.stream_mlp import StreamMlp
 from embsearch_plugin.randomness import private_random
-from embsearch_plugin.recipes import read_content
+from embsearch_plugin.recipe_files import read_content
 from embsearch_plugin.streaming.prequential import FREQUENT
 from embsearch_plugin.streaming.recipe import StreamRecipe, StreamSearch, StreamTrain, parse_stream_recipe
 from embsearch_plugin.streaming.report import headline, markdown
