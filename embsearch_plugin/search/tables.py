@@ -14,8 +14,9 @@ from embsearch_plugin.errors import SessionError, SpaceError, UnsupportedCollect
 from embsearch_plugin.fused import FusedEmbeddingBags
 from embsearch_plugin.plugins import build_supernet, find_collections
 from embsearch_plugin.space import RowBlocks, SearchSpace
+from embsearch_plugin.supernet.captured import Captured
 from embsearch_plugin.supernet.forms import Form
-from embsearch_plugin.supernet.searchable import Captured, SearchableEmbeddingBagCollection
+from embsearch_plugin.supernet.searchable import SearchableEmbeddingBagCollection
 from embsearch_plugin.supernet.virtual import VirtualRows
 
 T = TypeVar("T")

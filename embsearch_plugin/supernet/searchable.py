@@ -14,10 +14,9 @@ Shapes: gates of a table are (S, C), or (N, S, C) for gates that groups of examp
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from math import gcd, prod
+from math import prod
 from typing import Any
 
 import torch
@@ -44,8 +43,10 @@ from embsearch_plugin.supernet.bags import (
     rows_at,
     split_by_cell,
 )
+from embsearch_plugin.supernet.captured import Captured
 from embsearch_plugin.supernet.forms import Form
 from embsearch_plugin.supernet.gating import gate_cells, gate_rows
+from embsearch_plugin.supernet.pieces import Pieces
 from embsearch_plugin.supernet.slots import Slot, slots_of
 from embsearch_plugin.supernet.virtual import VirtualRows
 
@@ -108,7 +109,7 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self._virtual: VirtualRows | None = None
         self.captured: list[Captured] | None = None  # outputs, while a gradient is wanted there
         self.smallest_batch = 1
-        self._pieces: _Pieces | None = None
+        self._pieces: Pieces | None = None
         self.register_state_dict_post_hook(_hide_inner)
         self.register_load_state_dict_pre_hook(_find_inner)
 
@@ -137,7 +138,7 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             self._gates = [
                 torch.ones(len(b.sizes), width, device=device) for width, b in zip(self._widths, blocks, strict=True)
             ]
-        self._pieces = _Pieces(self.slots, [len(cut.sizes) for cut in blocks])
+        self._pieces = Pieces(self.slots, [len(cut.sizes) for cut in blocks])
 
     def set_gates(self, gates: Sequence[Tensor]) -> None:
         """Write the gates, per table (S, C)."""
@@ -385,35 +386,6 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             count.index_add_(0, ids[slot.feature], torch.ones_like(ids[slot.feature], dtype=count.dtype))
 
 
-@dataclass(frozen=True, eq=False)
-class Captured:
-    """One output of a collection, a leaf of the graph: values (B, sum of dims) for a batch of features."""
-
-    supernet: SearchableEmbeddingBagCollection
-    features: KeyedJaggedTensor
-    values: Tensor
-
-    def row_gradients(self, gradient: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Yield, slot by slot, the table and a row (bags that are not empty, D) for all lookups of a bag together.
-
-        The gradient of a lookup is its id's weight times the bag's, and divided by the bag's length where that is averaged.
-        """
-        lengths = dict(zip(self.features.keys(), self.features.lengths().view(-1, len(self.values)), strict=True))
-        squares = dict(zip(self.features.keys(), self._squared_weights().view(-1, len(self.values)), strict=True))
-        parts = gradient.float().split(self.supernet.output_dims, 1)
-        for slot, part in zip(self.supernet.slots, parts, strict=True):
-            length, scale = lengths[slot.feature], squares[slot.feature].sqrt()
-            scale = scale / length.clamp(min=1) if slot.mean else scale
-            yield slot.table, (part * scale[:, None])[length > 0]
-
-    def _squared_weights(self) -> Tensor:
-        """Return the sum of the ids' squared weights, per bag float32 (F x B,)."""
-        lengths, weights = self.features.lengths(), self.features.weights_or_none()
-        if weights is None or not self.supernet.is_weighted():
-            return lengths.float()
-        return torch.segment_reduce(weights.float().square(), "sum", lengths=lengths.long(), initial=0)
-
-
 def _mean_shares(slots: Sequence[Slot], shares: Mapping[str, Tensor]) -> Tensor:
     """Per cell, bag and column: the factor that makes a mean over the cell's ids a part of the mean over the bag.
 
@@ -450,49 +422,6 @@ def _pool(rows: Tensor, bag: JaggedTensor, mean: bool) -> Tensor:
     of_bag = torch.repeat_interleave(torch.arange(lengths.numel(), device=rows.device), lengths)
     pooled = rows.new_zeros(lengths.numel(), rows.shape[1]).index_add(0, of_bag, rows)
     return pooled / lengths.clamp(min=1)[:, None] if mean else pooled
-
-
-class _Pieces:
-    """Finds the gate rows of tables of any widths, so that one ``index_select`` gathers them.
-
-    Gates are cut into pieces of the widths' greatest common divisor (the width itself, where all are equal), which lie
-    in one (rows, piece) matrix; a slot of width D reads D / piece of them.
-    """
-
-    def __init__(self, slots: Sequence[Slot], sizes: Sequence[int]) -> None:
-        self.width = gcd(*(slot.dim for slot in slots))
-        dims = {slot.table: slot.dim for slot in slots}
-        starts, start = {}, 0
-        for table, size in enumerate(sizes):
-            starts[table] = start
-            start += size * dims[table] // self.width
-        pieces = [(index, piece) for index, slot in enumerate(slots) for piece in range(slot.dim // self.width)]
-        self._slot = torch.tensor([index for index, _ in pieces])
-        self._step = torch.tensor([[slots[index].dim // self.width] for index, _ in pieces])
-        self._start = torch.tensor([[starts[slots[index].table]] for index, _ in pieces])
-        self._piece = torch.tensor([[piece] for _, piece in pieces])
-        self._sizes = torch.tensor([[sizes[slot.table]] for slot in slots])
-
-    def table(self, gates: Sequence[Tensor]) -> Tensor:
-        """Return all gates, of one group after the other, as one matrix of pieces, (R, width)."""
-        return torch.cat([gate.reshape(-1, self.width) for gate in gates])
-
-    def rows(self, blocks: Tensor, groups: Tensor | None = None, n_groups: int = 1) -> Tensor:
-        """Return the row of each piece of the output, (B, pieces).
-
-        Args:
-            blocks: the block of each slot's id, (slots, B).
-            groups: the group of each example, (B,), where groups have gates of their own.
-            n_groups: N, how many there are.
-        """
-        device = blocks.device
-        rows = blocks.long()
-        if groups is not None:
-            rows = rows + groups * self._sizes.to(device)
-        if len(self._slot) != rows.shape[0]:
-            rows = rows.index_select(0, self._slot.to(device))
-        start = self._start if groups is None else self._start * n_groups
-        return (rows * self._step.to(device) + (start + self._piece).to(device)).t()
 
 
 def _hide_inner(module: nn.Module, state: dict[str, Any], prefix: str, _: object) -> None:
