@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torchrec.modules.embedding_modules import EmbeddingBagCollectionInterface
 from torchrec.sparse.jagged_tensor import KeyedTensor
@@ -108,7 +108,8 @@ def converge(stage: Stage, watcher: Watcher) -> list[Epoch]:
     everything is written to the stage's checkpoint, so that a killed run goes on at the next epoch.
 
     Returns:
-        A row per epoch: seconds (by :func:`embsearch_plugin.machine.clock`), train loss, and the validation metrics.
+        A row per epoch: seconds (by :func:`embsearch_plugin.machine.clock`), steps (of weights and of the search), train
+        loss, and the validation metrics.
 
     Raises:
         NonFiniteLoss: where the training or the validation loss is NaN or infinite.
@@ -118,11 +119,12 @@ def converge(stage: Stage, watcher: Watcher) -> list[Epoch]:
     if stage.checkpoint.exists():
         _resume(stage)
     else:
-        _close_epoch(stage, watcher, {"epoch": 0, "seconds": 0.0, "train_loss": None})
+        _close_epoch(stage, watcher, {"epoch": 0, "seconds": 0.0, "steps": 0, "train_loss": None})
     while not stage.over:
-        started = clock()
-        loss = train_epoch(stage, watcher.step)
-        row: Epoch = {"epoch": len(stage.history), "seconds": clock() - started, "train_loss": loss}
+        started, searched = clock(), _search_steps(stage)
+        loss, steps = train_epoch(stage, watcher.step)
+        seconds, steps = clock() - started, steps + _search_steps(stage) - searched
+        row: Epoch = {"epoch": len(stage.history), "seconds": seconds, "steps": steps, "train_loss": loss}
         _close_epoch(stage, watcher, row)
     if stage.best < 0:
         raise SessionError(
@@ -134,17 +136,19 @@ def converge(stage: Stage, watcher: Watcher) -> list[Epoch]:
     return stage.history
 
 
-def train_epoch(stage: Stage, stepped: Callable[[], None] = lambda: None) -> float:
-    """Take one pass over the training split; return the mean training loss."""
+def _search_steps(stage: Stage) -> int:
+    return 0 if stage.session is None else stage.session.search_steps
+
+
+def train_epoch(stage: Stage, stepped: Callable[[], None] = lambda: None) -> tuple[float, int]:
+    """Take one pass over the training split; return the mean training loss, and how many weight steps it took."""
     stage.model.train()
     total, steps = 0.0, 0
-    with looked_up(stage.model) as embeddings:
+    with decayed(stage.model, stage.options.l2):
         for batch in islice(stage.train, stage.steps):
             stage.optimizer.zero_grad()
-            embeddings.clear()
             loss, _ = stage.model(batch)
-            penalty = sum((values.square().sum() / max(len(values), 1) for values in embeddings), torch.zeros(()))
-            (loss + stage.options.l2 * penalty if stage.options.l2 else loss).backward()
+            loss.backward()
             if stage.options.clip_norm is not None:
                 nn.utils.clip_grad_norm_(stage.model.parameters(), stage.options.clip_norm)
             stage.optimizer.step()
@@ -156,21 +160,26 @@ def train_epoch(stage: Stage, stepped: Callable[[], None] = lambda: None) -> flo
                     "the data."
                 )
             stepped()
-    return total / max(steps, 1)
+    return total / max(steps, 1), steps
 
 
 @contextmanager
-def looked_up(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Yield a list that takes what the collections put out in training: the effective rows, gates and projections applied."""
-    values: list[Tensor] = []
+def decayed(model: nn.Module, l2: float) -> Iterator[None]:
+    """Decay the effective rows that a batch looks up: add the gradient of ``l2 * sum of their squares / B`` to the loss's.
 
-    def keep(module: nn.Module, inputs: object, output: KeyedTensor) -> None:
-        if module.training and torch.is_grad_enabled():
-            values.append(output.values())
+    It is added where collections put them out, gates and projections applied. As a term of the loss it would pass over all
+    that was looked up several times more.
+    """
 
-    handles = [collection.register_forward_hook(keep) for collection in outermost_collections(model)]
+    def add(module: nn.Module, inputs: object, output: KeyedTensor) -> None:
+        values = output.values()
+        if module.training and values.requires_grad:
+            kept = values.detach()  # the hook must not hold its own tensor
+            values.register_hook(lambda gradient: torch.add(gradient, kept, alpha=2 * l2 / max(len(kept), 1)))
+
+    handles = [collection.register_forward_hook(add) for collection in outermost_collections(model) if l2]
     try:
-        yield values
+        yield
     finally:
         for handle in handles:
             handle.remove()

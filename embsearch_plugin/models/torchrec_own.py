@@ -1,15 +1,15 @@
 """TorchRec's own models, built for a data set's schema."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchrec.datasets.utils import Batch
 from torchrec.models.deepfm import SimpleDeepFMNN
-from torchrec.models.dlrm import DLRM, DLRMTrain
-from torchrec.sparse.jagged_tensor import KeyedTensor
+from torchrec.models.dlrm import DLRM, DLRMTrain, InteractionArch, SparseArch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from embsearch_plugin.data.dataset import Schema
 from embsearch_plugin.models.common import collection_for, require_clicks
@@ -38,14 +38,63 @@ class Dlrm:
             ModelError: where the data asks for something else than clicks.
         """
         require_clicks(self.name, schema)
-        return DLRMTrain(
-            DLRM(
-                collection_for(schema, self.embedding_dim),
-                len(schema.dense),
-                [*self.dense_layers, self.embedding_dim],
-                [*self.over_layers, 1],
-            )
+        model = DLRM(
+            collection_for(schema, self.embedding_dim),
+            len(schema.dense),
+            [*self.dense_layers, self.embedding_dim],
+            [*self.over_layers, 1],
         )
+        model.sparse_arch = _WholeSparseArch(model.sparse_arch.embedding_bag_collection)
+        model.inter_arch = _SymmetricInteractionArch(model.inter_arch.F)
+        return DLRMTrain(model)
+
+
+class _WholeSparseArch(SparseArch):
+    """TorchRec's, which takes the output apart and puts it together again; where it is in order, it is taken as it is."""
+
+    def forward(self, features: KeyedJaggedTensor) -> Tensor:
+        pooled: KeyedTensor = self.embedding_bag_collection(features)
+        values = pooled.values()
+        if list(pooled.keys()) != list(self.sparse_feature_names):  # sharded tables may come in another order
+            columns = pooled.to_dict()
+            values = torch.cat([columns[name] for name in self.sparse_feature_names], dim=1)
+        return values.reshape(-1, self.F, self.D)
+
+
+class _SymmetricInteractionArch(InteractionArch):
+    """TorchRec's, in a third of the time on a CPU: :class:`_PairProducts`."""
+
+    def __init__(self, num_sparse_features: int) -> None:
+        super().__init__(num_sparse_features)
+        one, other = self.triu_indices
+        width = num_sparse_features + 1
+        self.register_buffer("one_by_other", one * width + other, persistent=False)
+        self.register_buffer("other_by_one", other * width + one, persistent=False)
+
+    def forward(self, dense_features: Tensor, sparse_features: Tensor) -> Tensor:
+        rows = torch.cat((dense_features.unsqueeze(1), sparse_features), dim=1)
+        return torch.cat((dense_features, _PairProducts.apply(rows, self.one_by_other, self.other_by_one)), dim=1)
+
+
+class _PairProducts(torch.autograd.Function):
+    """The dot products of all pairs of an example's rows, (B, R, D) to (B, pairs).
+
+    All products P = X X^T of an example take two matrix products in the backward. But P is symmetric, and so may the gradient
+    be that comes for its upper half: (G + G^T) X is one. Written in operations that can be differentiated again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, one_by_other: Tensor, other_by_one: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, one_by_other, other_by_one)
+        products = torch.bmm(rows, rows.transpose(1, 2)).flatten(1)
+        return products.gather(1, one_by_other.expand(len(rows), -1))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        rows, one_by_other, other_by_one = ctx.saved_tensors
+        both = torch.cat((one_by_other, other_by_one)).expand(len(rows), -1)
+        whole = gradient.new_zeros(len(rows), rows.shape[1] ** 2).scatter(1, both, gradient.repeat(1, 2))
+        return torch.bmm(whole.view(-1, rows.shape[1], rows.shape[1]), rows), None, None
 
 
 @dataclass(frozen=True)

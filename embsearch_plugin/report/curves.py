@@ -27,7 +27,7 @@ _TITLES = {
     "loss": "validation loss",
     "train_loss": "training loss",
 }
-_SETTINGS = {"step", "epoch", "seconds"}  # what a row is about, not what was measured
+_SETTINGS = {"step", "steps", "epoch", "seconds"}  # what a row is about, not what was measured
 
 
 def course_figure(course: Rows) -> Markup | None:

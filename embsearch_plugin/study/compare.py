@@ -3,8 +3,9 @@
     python -m embsearch_plugin.study.compare recipes/study_ml1m_dlrm.yaml recipes/study_ml1m_dlrm_per_table.yaml \
         --plain-runs 30 --seeds 0,1,2 --out runs/compare data.path=ml-1m
 
-Each study ends once the dense model and its trials have taken so many plain training runs. Both have two objectives, a metric
-and bytes. The front is chosen on the validation split; then the test split is read, once for each model on it.
+Each study ends once the dense model and its trials have taken as many training steps as so many plain runs; the trial that goes
+beyond that is finished. Both have two objectives, a metric and bytes. The front is chosen on the validation split; then the
+test split is read, once for each model on it.
 """
 
 import math
@@ -44,11 +45,13 @@ class Outcome:
         points: (metric, bytes) of each model on it; the metric negative where less of it is better.
         dense: the dense model's.
         trials: how many it had.
+        plain_runs: what the dense model and they took, by time.
     """
 
     points: list[tuple[float, float]]
     dense: tuple[float, float]
     trials: int
+    plain_runs: float
 
     @property
     def bytes_needed(self) -> float | None:
@@ -71,7 +74,8 @@ def outcome(recipe: Recipe, folder: Path, plain_runs: float, watcher: Watcher) -
     points = [(_quality(metric, workshop.test(trial["cell"])), trial["values"][1]) for trial in best]
     dense = workshop.cells(recipe, recipe.seeds[0], Watcher())
     row = dense.get(DENSE_MODEL)
-    return Outcome(points, (_quality(metric, dense.test(row)), row["bytes"]), len(content["trials"]))
+    tested, taken = (_quality(metric, dense.test(row)), row["bytes"]), 1 + content["cost"]["trials"]
+    return Outcome(points, tested, len(content["trials"]), taken)
 
 
 def _quality(metric: Metric, score: Any) -> float:
@@ -93,6 +97,7 @@ def compared(ours: Outcome, theirs: Outcome) -> dict[str, Any]:
         "ratio": volumes[0] / volumes[1] if volumes[1] else None,
         "bytes_needed": [each.bytes_needed for each in (ours, theirs)],
         "trials": [each.trials for each in (ours, theirs)],
+        "plain_runs_by_time": [each.plain_runs for each in (ours, theirs)],
         "fronts": [sorted(each.points, key=lambda point: point[1]) for each in (ours, theirs)],
         "dense": ours.dense,
     }

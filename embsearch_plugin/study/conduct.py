@@ -12,7 +12,7 @@ import optuna
 import yaml
 from optuna.trial import FrozenTrial, TrialState
 
-from embsearch_plugin.cells import Row
+from embsearch_plugin.cells import DENSE, Row
 from embsearch_plugin.errors import NonFiniteLoss, RunFolderError, StudyError
 from embsearch_plugin.files import locked, write_json, write_text
 from embsearch_plugin.plain import to_plain
@@ -27,7 +27,7 @@ from embsearch_plugin.study.parts import pruner_of, sampler_of
 from embsearch_plugin.study.results import STUDY, Findings, described, spent
 from embsearch_plugin.study.space import REASON
 from embsearch_plugin.study.storage import alive, explained, name_metrics, retry, retry_lost, storage_of, url_of
-from embsearch_plugin.study.trial import Objective, objectives_of
+from embsearch_plugin.study.trial import STEPS, Objective, objectives_of
 from embsearch_plugin.study.workshop import RECIPE, Workshop
 from embsearch_plugin.tasks import Metric
 from embsearch_plugin.training import Watcher
@@ -60,7 +60,8 @@ class Conductor:
 
         Args:
             trials: of all processes and days together; failed ones do not count. With 0 there are no more.
-            plain_runs: end earlier, once the dense model and the trials have taken so many plain training runs.
+            plain_runs: end earlier, once the dense model and the trials have taken as many steps, of weights and of searches,
+                as so many plain training runs. Unlike time, that is the same on every machine.
 
         Raises:
             RecipeError: where something cannot be varied as the study says; lists all problems.
@@ -154,13 +155,14 @@ class Conductor:
 
     def _work(self, study: optuna.Study, objective: Objective, dense: Row, trials: int, plain_runs: float | None) -> None:
         """Take trials, one by one. Counting them and asking for the next is done by one process of the folder at a time."""
-        limit = float("inf") if plain_runs is None else (plain_runs - 1) * dense["seconds"]
+        one = sum(epoch["steps"] for epoch in dense["stages"][DENSE])
+        limit = float("inf") if plain_runs is None else (plain_runs - 1) * one
         while True:
             with ExitStack() as claim, ExitStack() as life:
                 claim.enter_context(locked(self.folder))
                 for number in retry_lost(study, self.folder, own=self._study.storage is None):
                     self.say(f"trial {number} was lost with its process, and is tried again")
-                if len(study.get_trials(deepcopy=False, states=COUNTED)) >= trials or spent(study) >= limit:
+                if len(study.get_trials(deepcopy=False, states=COUNTED)) >= trials or spent(study, STEPS) >= limit:
                     return
                 self._take(study, objective, claim, life)
 

@@ -142,9 +142,9 @@ class _Badness:
         return float(-self.sign * trial.values[self.place])
 
 
-def spent(study: optuna.Study) -> float:
-    """Return the seconds of training that the trials took, of failed ones too."""
-    return sum(float(trial.user_attrs.get(SECONDS, 0.0)) for trial in study.get_trials(deepcopy=False))
+def spent(study: optuna.Study, attribute: str = SECONDS) -> float:
+    """Return the seconds of training that the trials took, of failed ones too; or the steps."""
+    return sum(float(trial.user_attrs.get(attribute, 0.0)) for trial in study.get_trials(deepcopy=False))
 
 
 def _plain(trial: FrozenTrial) -> dict[str, Any]:

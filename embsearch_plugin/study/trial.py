@@ -20,7 +20,7 @@ from embsearch_plugin.study.workshop import Workshop, place_of
 from embsearch_plugin.tasks import Metric, Task
 from embsearch_plugin.training import Epoch, Watcher, outermost_collections
 
-CELL, SECONDS = "cell", "trained_seconds"
+CELL, SECONDS, STEPS = "cell", "trained_seconds", "trained_steps"
 DOES_NOT_GO = (BudgetError, ModelError, RecipeError, SessionError, SpaceError)
 LOOKUPS, BATCHES = 20, 4
 
@@ -52,7 +52,8 @@ class TrialWatcher(Watcher):
     """
 
     def __init__(self, shown: Watcher, trial: optuna.Trial, place: Place, metric: Metric | None) -> None:
-        self._shown, self._trial, self._name, self._seconds = shown, trial, str(place), 0.0
+        self._shown, self._trial, self._name = shown, trial, str(place)
+        self._spent = {SECONDS: 0.0, STEPS: 0.0}
         self.metric = metric
 
     def stage(self, name: str, steps: int | None, task: Task) -> None:
@@ -70,8 +71,9 @@ class TrialWatcher(Watcher):
     def epoch(self, name: str, row: Epoch) -> None:
         """Count the epoch; report it, if it is the compact model's."""
         self._shown.epoch(self._readable(name), row)
-        self._seconds += row["seconds"] or 0.0
-        self._trial.set_user_attr(SECONDS, self._seconds)
+        for attribute, figure in ((SECONDS, "seconds"), (STEPS, "steps")):
+            self._spent[attribute] += row[figure] or 0.0
+            self._trial.set_user_attr(attribute, self._spent[attribute])
         value = None if self.metric is None else self.metric.of(row)
         if value is not None and name.startswith(self._name) and "search_steps" not in row:
             report(self._trial, value, int(row["epoch"] or 0))

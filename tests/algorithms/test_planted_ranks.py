@@ -12,7 +12,7 @@ import embsearch_plugin as es
 from embsearch_plugin.collection import Table
 from embsearch_plugin.data.planted import Planted, PlantedDataset
 from embsearch_plugin.recipes import load_recipe
-from embsearch_plugin.training import looked_up
+from embsearch_plugin.training import decayed
 
 RECIPE = load_recipe(Path(__file__).parents[2] / "recipes" / "planted_dlrm_dnis.yaml")
 SPACE = RECIPE.search.algorithm.space(RECIPE.search.space)
@@ -57,13 +57,12 @@ def searched(data: PlantedDataset, seed: int, epochs: int = EPOCHS) -> es.SizePl
     optimizer = torch.optim.Adam(model.parameters(), lr=train.lr)
     session.attach(optimizer, data.batches("validation", train.batch_size, seed=seed))
     batches = data.batches("train", train.batch_size, seed=seed)
-    with looked_up(model) as embeddings:
+    with decayed(model, train.l2):
         for _ in range(epochs):
             for batch in batches:
                 optimizer.zero_grad()
-                embeddings.clear()
                 loss, _ = model(batch)
-                (loss + train.l2 * sum(values.square().sum() / len(values) for values in embeddings)).backward()
+                loss.backward()
                 optimizer.step()
     return session.derive()
 

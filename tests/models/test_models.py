@@ -1,5 +1,6 @@
 """The project's own models: each against a slow reference, trained, searched and rewritten."""
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -8,6 +9,8 @@ import torch
 from support import stored_bytes, train
 from torch import Tensor, nn
 from torchrec.datasets.utils import Batch
+from torchrec.models.dlrm import DLRM, DLRMTrain, InteractionArch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 import embsearch_plugin as es
 from embsearch_plugin.data.dataset import Collate, Field, Schema
@@ -210,3 +213,51 @@ def test_models_of_users_and_items_say_what_they_lack(config: Any) -> None:
 
 def test_every_model_is_tested() -> None:
     assert {type(config) for config in MODELS.values()} == set(CONFIGS) - {Dlrm, DeepFm}
+
+
+def plain_dlrm(model: nn.Module) -> nn.Module:
+    """Return TorchRec's own DLRM with the parameters of the project's."""
+    ours = model.model
+    collection = copy.deepcopy(ours.sparse_arch.embedding_bag_collection)
+    plain = DLRMTrain(DLRM(collection, 2, [64, DIM], [128, 64, 1]))
+    plain.load_state_dict(model.state_dict())
+    return plain
+
+
+def test_dlrm_is_torchrecs() -> None:
+    model, batch = build(Dlrm(DIM), CLICK), batch_of(schema_of(CLICK), 40)
+    plain = plain_dlrm(model)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    results = [each(batch) for each in (model, plain)]
+    torch.testing.assert_close(results[0][1][1], results[1][1][1])
+    gradients = [
+        torch.autograd.grad(loss, list(each.parameters())) for each, (loss, _) in zip((model, plain), results, strict=True)
+    ]
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_products_of_pairs_can_be_differentiated_twice() -> None:
+    arch = Dlrm(DIM).build(schema_of(CLICK)).model.inter_arch
+    dense, sparse = torch.randn(3, 2, dtype=torch.float64), torch.randn(3, 4, 2, dtype=torch.float64)
+    inputs = (dense.requires_grad_(), sparse.requires_grad_())
+    torch.testing.assert_close(arch(*inputs), InteractionArch(4)(*inputs))
+    assert torch.autograd.gradcheck(arch, inputs) and torch.autograd.gradgradcheck(arch, inputs)
+
+
+def test_dlrm_takes_features_in_any_order() -> None:
+    """As those of sharded tables may come."""
+
+    class Backwards(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
+            columns = self.inner(features).to_dict()
+            return KeyedTensor.from_tensor_list(list(columns)[::-1], list(columns.values())[::-1])
+
+    model, batch = build(Dlrm(DIM), CLICK), batch_of(schema_of(CLICK))
+    expected = model(batch)[1][1]
+    model.model.sparse_arch.embedding_bag_collection = Backwards(model.model.sparse_arch.embedding_bag_collection)
+    assert torch.equal(model(batch)[1][1], expected)

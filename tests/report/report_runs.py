@@ -108,9 +108,10 @@ def _infeasible(reason: str) -> Data:
 
 
 def _epochs(auc: float) -> list[Data]:
-    first = {"epoch": 0, "seconds": 0.0, "train_loss": None, "auc": 0.5, "log_loss": 0.69}
+    first = {"epoch": 0, "seconds": 0.0, "steps": 0, "train_loss": None, "auc": 0.5, "log_loss": 0.69}
     later = [
-        {"epoch": k, "seconds": 3.0, "train_loss": 0.6 / k, "auc": auc - 0.01 / k, "log_loss": 0.5 + 0.1 / k} for k in (1, 2, 3)
+        {"epoch": k, "seconds": 3.0, "steps": 9, "train_loss": 0.6 / k, "auc": auc - 0.01 / k, "log_loss": 0.5 + 0.1 / k}
+        for k in (1, 2, 3)
     ]
     return [first, *later]
 

@@ -37,8 +37,8 @@ def test_the_knee_is_nearest_to_the_best_of_everything() -> None:
 
 
 def test_two_studies_are_compared_by_their_fronts() -> None:
-    ours = Outcome([(0.8, 50.0), (0.7, 10.0)], (0.8, 100.0), 4)
-    theirs = Outcome([(0.75, 50.0), (0.6, 10.0)], (0.8, 100.0), 5)
+    ours = Outcome([(0.8, 50.0), (0.7, 10.0)], (0.8, 100.0), 4, 2.9)
+    theirs = Outcome([(0.75, 50.0), (0.6, 10.0)], (0.8, 100.0), 5, 3.1)
     found = compared(ours, theirs)
     assert found["hypervolumes"] == pytest.approx([0.2 * 50 + 0.1 * 40, 0.15 * 50])
     assert found["ratio"] == pytest.approx(14 / 7.5)
