@@ -200,3 +200,8 @@ def test_a_study_that_makes_no_sense_is_refused_when_the_recipe_is_read(study: d
 def test_a_recipe_without_a_study_says_so() -> None:
     with pytest.raises(RecipeError, match="must have a section study"):
         es.suggest(optuna.create_study().ask(), parse_recipe(BASE, "r.yaml"))
+
+
+def test_a_field_that_does_not_exist_is_an_error_and_no_pruned_trial() -> None:
+    with pytest.raises(RecipeError, match="there is no field 'lrr'. Did you mean 'lr'.* @ recipe.study.fields.train.lrr"):
+        es.suggest(optuna.create_study().ask(), recipe({"fields": {"train.lrr": None}}))
