@@ -199,7 +199,9 @@ def _kind(path: str, values: Range | Choices, hint: Any) -> Kind:
         whole = all(isinstance(end, int) for end in values.ends)
         if not whole and hint is not Any:
             raise RecipeError(f"the ends must be whole numbers; got {values.low!r} and {values.high!r}")
-        return "int" if whole else "float"
+        if whole and values.fraction and hint is not Any:
+            raise RecipeError(values.fraction)
+        return "int" if whole and not values.fraction else "float"
     raise RecipeError("the field is no number, so it takes a list of choices")
 
 
@@ -212,6 +214,8 @@ def _budget_kind(values: Range) -> Kind:
         raise RecipeError(f"both ends must be in per cent, in bytes or in parameters; got {low} and {high}")
     if not low.amount < high.amount:
         raise RecipeError(f"the range is {'empty' if low.amount == high.amount else 'inverted'}: got {low} and {high}")
+    if low.share is None and values.fraction:
+        raise RecipeError(values.fraction)
     return "amount" if low.share is None else "share"
 
 

@@ -127,11 +127,12 @@ def test_all_that_cannot_be_varied_is_listed_at_once() -> None:
         "train.optimizer": {"low": 1, "high": 2},
         "train.l2": {"low": "5%", "high": "6%"},
         "search.budgets": {"low": "50%", "high": "5%"},
+        "train.batch_size": {"low": 128, "high": 512, "step": 64.5},
     }
     with pytest.raises(RecipeError) as error:
         check(recipe({"fields": fields}))
     for part in (
-        "10 problems in the study",
+        "11 problems in the study",
         "there is no field 'lrr'. Did you mean 'lr'?",
         "@ recipe.study.fields.train.lrr",
         "declares no range, so the study must give one, or a list. Declared there: lr, l2 @ recipe.study.fields.train.epochs",
@@ -143,6 +144,7 @@ def test_all_that_cannot_be_varied_is_listed_at_once() -> None:
         "the field is no number, so it takes a list of choices @ recipe.study.fields.train.optimizer",
         "the ends must be numbers; got '5%' and '6%'",
         "the range is inverted: got 50% and 5% @ recipe.study.fields.search.budgets",
+        "step must be a whole number; got 64.5 @ recipe.study.fields.train.batch_size",
     ):
         assert part in str(error.value)
 
@@ -156,6 +158,7 @@ def test_all_that_cannot_be_varied_is_listed_at_once() -> None:
         ({"fields": {"search.budgets": {"low": "5%", "high": "5.0%"}}}, "the range is empty: got 5% and 5.0%"),
         ({"fields": {"search.budgets": {"low": "5%", "high": "1MiB"}}}, "both ends must be in per cent, in bytes"),
         ({"fields": {"search.budgets": {"low": 5, "high": 50}}}, "a budget is a text"),
+        ({"fields": {"search.budgets": {"low": "1KiB", "high": "2KiB", "step": 0.5}}}, "step must be a whole number; got 0.5"),
     ],
 )
 def test_what_a_recipe_refuses_is_found_before_the_study(study: dict[str, Any], message: str) -> None:
@@ -178,6 +181,8 @@ def test_one_budget_is_needed_where_it_does_not_vary() -> None:
         ({"fields": {"a": {"low": 0, "high": 1, "log": True}}}, "low must be above 0 with log; got 0"),
         ({"fields": {"a": {"low": 1, "high": 2, "log": True, "step": 1}}}, "step must be above 0, and null with log"),
         ({"fields": {"a": {"low": 1, "high": "5%"}}}, "both numbers or both texts"),
+        ({"fields": {"a": {"low": 1, "high": float("inf")}}}, "low and high must be finite; got 1 and inf"),
+        ({"fields": {"a": {"low": 1, "high": 2, "step": 5}}}, "step must be at most high - low; got 5 from 1 to 2"),
         ({"fields": {"a": {"low": True, "high": 2}}}, "must be numbers, or budgets as text; got True"),
         ({"fields": {"a": 3}}, "expected a mapping with low, high, log, step or a list, got 3 @ recipe.study.fields"),
         ({"fields": {"a": []}}, "a must hold at least one choice, none twice"),
@@ -189,6 +194,7 @@ def test_one_budget_is_needed_where_it_does_not_vary() -> None:
         ({"fields": {"a": [1]}, "pruner": "MedianPruner"}, "pruner must be null with 2 objectives"),
         ({"fields": {"a": [1]}, "sampler": 3}, "sampler must be the name of a class of Optuna's"),
         ({"fields": {}, "layout": {"row_blocks": {"low": 0, "high": 2}}}, "row_blocks must range over whole numbers from 1"),
+        ({"fields": {}, "layout": {"row_blocks": {"low": 1, "high": 3, "step": 0.5}}}, "row_blocks: step must be a whole number"),
         ({"fields": {}, "layout": {"row_growth": {"low": 0, "high": 2}}}, "row_growth must range over numbers above 0"),
     ],
 )
