@@ -47,6 +47,8 @@ class Layout:
             growth: Range = getattr(self, name)
             if not all(is_number(end) and end > 0 for end in growth.ends):
                 raise ValueError(f"{name} must range over numbers above 0; got {growth.low!r} to {growth.high!r}")
+        if empty := [group for group, tables in self.groups.items() if not tables]:
+            raise ValueError(f"groups must hold at least one table each; {', '.join(empty)} holds none")
 
 
 @dataclass(frozen=True)

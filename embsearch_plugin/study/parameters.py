@@ -114,10 +114,24 @@ def check(recipe: Recipe) -> None:
             f"there must be one budget, or {BUDGETS} among the fields that vary; got {list(recipe.search.budgets)} "
             "@ recipe.search.budgets"
         )
-    space, layout = recipe.search.space, study_of(recipe).layout
-    if space is not None and space.scope == "global" and layout is not None and layout.groups:
-        problems.append("groups must be empty where the space's scope is global @ recipe.study.layout.groups")
+    problems += _wrong_with_layout(recipe, varied)
     _raise_any(problems)
+
+
+def _wrong_with_layout(recipe: Recipe, varied: list[Parameter]) -> Iterator[str]:
+    """Say where the layout does not go with the space, with the fields that vary, or with any algorithm."""
+    space, layout, possible = recipe.search.space, study_of(recipe).layout, possible_algorithms(recipe)
+    if layout is None:
+        return
+    if space is not None and space.scope == "global" and layout.groups:
+        yield "groups must be empty where the space's scope is global @ recipe.study.layout.groups"
+    cuts = {name for name in ("row_blocks", "column_chunks") if getattr(layout, name) is not None}
+    drawn = {f"search.space.{name}" for name in ({"groups"} if layout.groups else cuts)}
+    yield from (f"the layout draws it, so it is no field @ recipe.study.fields.{p.name}" for p in varied if p.key in drawn)
+    used = any((c.cuts_rows and "row_blocks" in cuts) or (c.cuts_columns and "column_chunks" in cuts) for c in possible)
+    if not used and not any(parameter.algorithm for parameter in varied):  # an algorithm's field may say whether it cuts
+        tried = ", ".join(sorted({config.name for config in possible}))
+        yield f"the layout varies nothing: {tried} does not cut tables so; leave it out, or try others @ recipe.study.layout"
 
 
 def possible_algorithms(recipe: Recipe) -> list[SearchConfig]:
@@ -150,6 +164,8 @@ def _resolved(recipe: Recipe, name: str, values: Range | Choices | None) -> Iter
 def _parameter(root: Any, name: str, path: str, values: Range | Choices | None, algorithm: str | None) -> Parameter:
     if name.startswith(f"{ALGORITHM}."):
         raise RecipeError("an algorithm's field is written NAME.field, as dnis.lr")
+    if name == "search.baselines":
+        raise RecipeError("a trial has no baselines, so they cannot be varied")
     if algorithm is None and name.split(".", maxsplit=1)[0] not in ("model", "train", "search"):
         raise RecipeError(f"fields of model, train and search can be varied, and of algorithms ({', '.join(algorithms())})")
     declared, hint = _look_up(root, path)

@@ -121,6 +121,7 @@ def test_all_that_cannot_be_varied_is_listed_at_once() -> None:
         "dnis.lrr": None,
         "dnis.lr": {"low": 0.1, "high": 1},
         "search.algorithm.lr": None,
+        "search.baselines": [[], ["uniform"]],
         "data.examples": [3],
         "dnis": [1],
         "train.patience": {"low": 0.5, "high": 2},
@@ -132,11 +133,12 @@ def test_all_that_cannot_be_varied_is_listed_at_once() -> None:
     with pytest.raises(RecipeError) as error:
         check(recipe({"fields": fields}))
     for part in (
-        "11 problems in the study",
+        "12 problems in the study",
         "there is no field 'lrr'. Did you mean 'lr'?",
         "@ recipe.study.fields.train.lrr",
         "declares no range, so the study must give one, or a list. Declared there: lr, l2 @ recipe.study.fields.train.epochs",
         "@ recipe.study.fields.dnis.lrr",
+        "a trial has no baselines, so they cannot be varied @ recipe.study.fields.search.baselines",
         "an algorithm's field is written NAME.field, as dnis.lr @ recipe.study.fields.search.algorithm.lr",
         "fields of model, train and search can be varied",
         "so it takes null; got (1,) @ recipe.study.fields.dnis",
@@ -164,6 +166,41 @@ def test_all_that_cannot_be_varied_is_listed_at_once() -> None:
 def test_what_a_recipe_refuses_is_found_before_the_study(study: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         check(recipe(study))
+
+
+@pytest.mark.parametrize(
+    ("study", "search", "message"),
+    [
+        (
+            {"fields": {}, "layout": {}},
+            {"algorithm": "uniform"},
+            "varies nothing: uniform does not cut .* @ recipe.study.layout",
+        ),
+        ({"fields": {}, "layout": {"row_blocks": None, "column_chunks": None}}, {"algorithm": "dnis"}, "varies nothing: dnis"),
+        (
+            {"fields": {"search.space.row_blocks": [2, 3]}, "layout": {}},
+            {"algorithm": "dnis"},
+            "the layout draws it, so it is no field @ recipe.study.fields.search.space.row_blocks",
+        ),
+        (
+            {"fields": {}, "layout": {"groups": {"all": ["*"]}}},
+            {"algorithm": "dnis", "space": {"scope": "global"}},
+            "groups must be empty where the space's scope is global @ recipe.study.layout.groups",
+        ),
+    ],
+)
+def test_a_layout_that_does_not_go_with_the_rest_is_refused(
+    study: dict[str, Any], search: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        check(recipe(study, search=search))
+
+
+def test_a_layout_goes_with_fields_that_it_leaves_alone() -> None:
+    check(recipe({"fields": {"search.space.row_blocks": [2, 3]}, "layout": {"row_blocks": None}}))
+    check(recipe({"fields": {"search.space.row_blocks": [2, 3]}, "layout": {"groups": {"some": ["t_*"]}}}))
+    check(recipe({"fields": {"search.algorithm": ["uniform", "dnis"]}, "layout": {}}))
+    check(recipe({"fields": {"random.by": None}, "layout": {}}, search={"algorithm": "random"}))
 
 
 def test_one_budget_is_needed_where_it_does_not_vary() -> None:
@@ -194,7 +231,11 @@ def test_one_budget_is_needed_where_it_does_not_vary() -> None:
         ({"fields": {"a": [1]}, "pruner": "MedianPruner"}, "pruner must be null with 2 objectives"),
         ({"fields": {"a": [1]}, "sampler": 3}, "sampler must be the name of a class of Optuna's"),
         ({"fields": {}, "layout": {"row_blocks": {"low": 0, "high": 2}}}, "row_blocks must range over whole numbers from 1"),
-        ({"fields": {}, "layout": {"row_blocks": {"low": 1, "high": 3, "step": 0.5}}}, "row_blocks: step must be a whole number"),
+        (
+            {"fields": {}, "layout": {"row_blocks": {"low": 1, "high": 3, "step": 0.5}}},
+            "row_blocks: step must be a whole number",
+        ),
+        ({"fields": {}, "layout": {"groups": {"large": [], "rest": ["*"]}}}, "at least one table each; large holds none"),
         ({"fields": {}, "layout": {"row_growth": {"low": 0, "high": 2}}}, "row_growth must range over numbers above 0"),
     ],
 )
