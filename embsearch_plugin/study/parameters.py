@@ -102,6 +102,12 @@ def check(recipe: Recipe) -> None:
     """
     varied = parameters(recipe)
     problems = [problem for parameter in varied for problem in _refused(recipe, parameter)]
+    if len(recipe.search.budgets) > 1 and not any(parameter.key == BUDGETS for parameter in varied):
+        problems.append(
+            f"there must be one budget, or {BUDGETS} among the fields that vary; got {list(recipe.search.budgets)} "
+            "@ recipe.search.budgets"
+        )
+    _raise_any(problems)  # what follows needs the algorithms, which may be among them
     possible = {config.name for config in possible_algorithms(recipe)}
     tried = ", ".join(sorted(possible))
     problems += [
@@ -109,11 +115,6 @@ def check(recipe: Recipe) -> None:
         for parameter in varied
         if parameter.algorithm and parameter.algorithm not in possible
     ]
-    if len(recipe.search.budgets) > 1 and not any(parameter.key == BUDGETS for parameter in varied):
-        problems.append(
-            f"there must be one budget, or {BUDGETS} among the fields that vary; got {list(recipe.search.budgets)} "
-            "@ recipe.search.budgets"
-        )
     problems += _wrong_with_layout(recipe, varied)
     _raise_any(problems)
 

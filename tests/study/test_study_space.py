@@ -203,6 +203,13 @@ def test_a_layout_goes_with_fields_that_it_leaves_alone() -> None:
     check(recipe({"fields": {"random.by": None}, "layout": {}}, search={"algorithm": "random"}))
 
 
+def test_an_unknown_algorithm_is_listed_with_all_else_that_is_refused() -> None:
+    fields = {"search.algorithm": ["dnsi", "uniform"], "train.optimizer": ["adma"]}
+    with pytest.raises(RecipeError, match="2 problems in the study: 'dnsi' is refused: .*'dnis'.*; 'adma' is refused") as error:
+        check(recipe({"fields": fields}))
+    assert "@ recipe.study.fields.search.algorithm" in str(error.value)
+
+
 def test_one_budget_is_needed_where_it_does_not_vary() -> None:
     search = {"algorithm": "dnis", "budgets": ["5%", "10%"]}
     with pytest.raises(RecipeError, match="there must be one budget, or search.budgets among the fields"):
