@@ -141,6 +141,13 @@ def test_three_objectives_and_layouts_by_groups(conduct: Conduct) -> None:
     assert found["trials"][found["chosen"]]["front"]
 
 
+@pytest.mark.parametrize("choices", [[None], [None, 1.0]])
+def test_a_choice_may_be_null(choices: list[Any], conduct: Conduct, tmp_path: Path) -> None:
+    found = conduct(small({"fields": {"train.clip_norm": choices}}), 3)
+    assert {trial["params"]["train.clip_norm"] for trial in found["trials"]} == set(choices)
+    assert ">null</text>" in (tmp_path / "study" / "report.html").read_text()
+
+
 def test_a_group_of_no_table_is_refused_at_once(conduct: Conduct) -> None:
     with pytest.raises(SpaceError, match="none is called 't_user'. Available: t_cat_0"):
         conduct(small({"fields": BUDGETS, "layout": {"groups": {"large": ["t_user"], "rest": ["*"]}}}), 3)
