@@ -10,6 +10,7 @@ from typing import Any
 
 import optuna
 import yaml
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from embsearch_plugin.cells import Row
@@ -97,6 +98,7 @@ class Conductor:
 
     def _opened(self, workshop: Workshop) -> optuna.Study:
         objectives = objectives_of(self.recipe, workshop.data.schema.task)
+        directions = [StudyDirection.MAXIMIZE if each.sign > 0 else StudyDirection.MINIMIZE for each in objectives]
         sampler, pruner = sampler_of(self._study), pruner_of(self._study)
         with locked(self.folder):
             self._claim_folder()
@@ -105,16 +107,18 @@ class Conductor:
                 study_name=self._study.name or self.folder.resolve().name,
                 sampler=sampler,
                 pruner=pruner,
-                directions=["maximize" if objective.sign > 0 else "minimize" for objective in objectives],
+                directions=directions,
                 load_if_exists=True,
             )
-            self._claim_study(study, {BEGUN_WITH: _compared(self.recipe), DATA: workshop.fingerprint})
+            self._claim_study(study, directions, {BEGUN_WITH: _compared(self.recipe), DATA: workshop.fingerprint})
             name_metrics(study, [objective.name for objective in objectives])
             self._join(study)
         return study
 
     def _claim_folder(self) -> None:
         written = self.folder / RECIPE
+        if (self.folder / "cells").exists():
+            raise RunFolderError(f"{self.folder} holds a run, whose report is kept.\n  Possible solution: another --out.")
         if not written.exists():
             if any(self.folder.iterdir()):
                 raise RunFolderError(
@@ -128,10 +132,14 @@ class Conductor:
                 "  Possible solution: give the same recipe and overrides, or another --out."
             )
 
-    def _claim_study(self, study: optuna.Study, begun: dict[str, str]) -> None:
+    def _claim_study(self, study: optuna.Study, directions: list[StudyDirection], begun: dict[str, str]) -> None:
         where = f"the study {study.study_name!r} in {hidden(self._url)}"
-        if study.get_trials(deepcopy=False) and BEGUN_WITH not in study.user_attrs:
-            raise StudyError(f"{where} was not begun by embsearch.\n  Possible solution: another study.name.")
+        foreign = study.get_trials(deepcopy=False) or study.directions != directions  # with none, one made by hand will do
+        if foreign and BEGUN_WITH not in study.user_attrs:
+            raise StudyError(
+                f"{where} was not begun by embsearch: it has trials, or other directions than "
+                f"{', '.join(each.name.lower() for each in directions)}.\n  Possible solution: another study.name."
+            )
         for key, value in begun.items():
             there = study.user_attrs.get(key, value)
             if there != value:
@@ -208,6 +216,7 @@ def _compared(recipe: Recipe) -> str:
 def _reasons(trials: list[dict[str, Any]]) -> str:
     if not trials:
         return "There was none.\n  Possible solution: --trials N."
-    found = Counter(f"{trial['state']}: {trial['reason'] or 'stopped, or by an error'}" for trial in trials)
+    unknown = {"running": "by another process"}
+    found = Counter(f"{t['state']}: {t['reason'] or unknown.get(t['state'], 'stopped, or by an error')}" for t in trials)
     listed = "; ".join(f"{count} x {reason}" for reason, count in found.most_common(5))
     return f"Of {len(trials)}: {listed}"

@@ -230,6 +230,26 @@ def test_a_study_of_another_space_is_not_joined(conduct: Conduct, tmp_path: Path
         conduct(small({"fields": BUDGETS, **storage, "name": "foreign"}), 2, "third")
 
 
+def test_an_empty_study_made_by_hand_is_taken_if_its_directions_are_ours(conduct: Conduct, tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path / 'all.db'}"
+    optuna.create_study(storage=storage, study_name="up", direction="maximize")
+    optuna.create_study(storage=storage, study_name="down", direction="minimize")
+    study = {"fields": BUDGETS, "objectives": ["auc"], "storage": storage}
+    assert states(conduct(small({**study, "name": "up"}), 1)) == ["complete"]
+    with pytest.raises(
+        StudyError, match="'down' in .* it has trials, or other directions than maximize.\n.*another study.name"
+    ):
+        conduct(small({**study, "name": "down"}), 1, "another")
+
+
+def test_the_folder_of_a_run_is_left_alone(conduct: Conduct, tmp_path: Path) -> None:
+    recipe = small({"fields": BUDGETS})
+    (tmp_path / "study" / "cells").mkdir(parents=True)
+    (tmp_path / "study" / "recipe.yaml").write_text(to_yaml(recipe))
+    with pytest.raises(RunFolderError, match="holds a run, whose report is kept.\n.*another --out"):
+        conduct(recipe, 1)
+
+
 def test_a_folder_that_holds_something_else_is_left_alone(conduct: Conduct, tmp_path: Path) -> None:
     (tmp_path / "study").mkdir()
     (tmp_path / "study" / "thesis.tex").write_text("x")
