@@ -70,9 +70,9 @@ class Conductor:
                 has succeeded.
         """
         check(self.recipe)
+        workshop = Workshop(self.recipe.data.load(), self.folder)
+        self._check_groups(workshop)
         with explained(self._url):
-            workshop = Workshop(self.recipe.data.load(), self.folder)
-            self._check_groups(workshop)
             study = self._opened(workshop)
             if trials:
                 self.say(str(estimate(self.recipe, trials)))
@@ -100,7 +100,7 @@ class Conductor:
         objectives = objectives_of(self.recipe, workshop.data.schema.task)
         directions = [StudyDirection.MAXIMIZE if each.sign > 0 else StudyDirection.MINIMIZE for each in objectives]
         sampler, pruner = sampler_of(self._study), pruner_of(self._study)
-        with locked(self.folder):
+        with locked(self.folder), explained(self._url, ImportError):  # of a driver; later it is that of a user's model
             self._claim_folder()
             study = optuna.create_study(
                 storage=storage_of(self._url),
