@@ -14,7 +14,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from embsearch_plugin.cells import Row
-from embsearch_plugin.errors import NonFiniteLoss, RunFolderError, StudyError
+from embsearch_plugin.errors import NonFiniteLoss, RecipeError, RunFolderError, StudyError
 from embsearch_plugin.files import locked, write_json, write_text
 from embsearch_plugin.recipes import Recipe, load_recipe, to_plain, to_yaml
 from embsearch_plugin.report.study import write_study_report
@@ -25,7 +25,7 @@ from embsearch_plugin.study.cost import estimate
 from embsearch_plugin.study.parameters import check, study_of
 from embsearch_plugin.study.parts import pruner_of, sampler_of
 from embsearch_plugin.study.results import STUDY, Findings, described, spent
-from embsearch_plugin.study.space import REASON
+from embsearch_plugin.study.space import REASON, suggest
 from embsearch_plugin.study.storage import alive, explained, name_metrics, retry, retry_lost, storage_of, url_of
 from embsearch_plugin.study.trial import Objective, objectives_of
 from embsearch_plugin.study.workshop import RECIPE, Workshop
@@ -63,7 +63,7 @@ class Conductor:
             plain_runs: end earlier, once the dense model and the trials have taken so many plain training runs.
 
         Raises:
-            RecipeError: where something cannot be varied as the study says; lists all problems.
+            RecipeError: where something cannot be varied as the study says (lists all problems), or the sampler cannot draw it.
             RunFolderError: where the folder holds something else.
             SpaceError: where a group of the layout is of no table.
             StudyError: where the storage cannot be used, the study was begun with another recipe or other data, or no trial
@@ -100,6 +100,7 @@ class Conductor:
         objectives = objectives_of(self.recipe, workshop.data.schema.task)
         directions = [StudyDirection.MAXIMIZE if each.sign > 0 else StudyDirection.MINIMIZE for each in objectives]
         sampler, pruner = sampler_of(self._study), pruner_of(self._study)
+        self._check_sampler(directions)
         with locked(self.folder), explained(self._url, ImportError):  # of a driver; later it is that of a user's model
             self._claim_folder()
             study = optuna.create_study(
@@ -114,6 +115,16 @@ class Conductor:
             name_metrics(study, [objective.name for objective in objectives])
             self._join(study)
         return study
+
+    def _check_sampler(self, directions: list[StudyDirection]) -> None:
+        """Draw once, in memory: a sampler may take one objective only, or have been given other parameters than the study's."""
+        study = optuna.create_study(sampler=sampler_of(self._study), directions=directions)
+        try:
+            with suppress(optuna.TrialPruned):
+                suggest(study.ask(), self.recipe)
+        except ValueError as error:
+            name = self._study.sampler["name"]
+            raise RecipeError(f"{name} cannot draw what this study varies: {error} @ recipe.study.sampler") from error
 
     def _claim_folder(self) -> None:
         written = self.folder / RECIPE

@@ -264,6 +264,10 @@ def test_a_folder_that_holds_something_else_is_left_alone(conduct: Conduct, tmp_
         ({"sampler": "TPESampla"}, "Optuna has no sampler 'TPESampla'. Did you mean 'TPESampler'"),
         ({"sampler": {"name": "TPESampler", "sead": 1}}, "TPESampler cannot be made with {'sead': 1}: .*sead"),
         ({"objectives": ["auc"], "pruner": "MedianPrunr"}, "Optuna has no pruner 'MedianPrunr'. Did you mean 'MedianPruner'"),
+        (
+            {"sampler": {"name": "GridSampler", "search_space": {"lr": [1, 2]}}},
+            "GridSampler cannot draw what this study varies: .*search.budgets, is not found in the given grid.* @ recipe.study",
+        ),
         ({"objectives": ["ndcg_10"]}, "the task 'click' has no metric 'ndcg_10'"),
     ],
 )
