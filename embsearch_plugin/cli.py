@@ -10,15 +10,20 @@ from embsearch_plugin import stack
 from embsearch_plugin.errors import EmbsearchError
 
 
-class _Commands(click.Group):
+class Explained(click.Command):
     """Shows an error of ours as its message, without a traceback."""
 
     def invoke(self, context: click.Context) -> Any:
+        """Run the command."""
         try:
             return super().invoke(context)
         except (EmbsearchError, OSError) as error:
             click.echo(f"{type(error).__name__}: {error}", err=True)
             sys.exit(1)
+
+
+class _Commands(Explained, click.Group):
+    """All commands."""
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

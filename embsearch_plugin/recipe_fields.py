@@ -34,7 +34,8 @@ after a recipe on the command line overrides a field (`train.epochs=3`). What ha
 (`model: dlrm`), or as a mapping with its settings (`model: {name: dlrm, embedding_dim: 16}`).
 
 `extends: OTHER.yaml`, a path from the recipe's own folder, takes everything from another recipe and says only what differs:
-mappings are merged, unless their names differ; null takes back what the other recipe says.
+mappings are merged, unless their names differ; null takes back what the other recipe says, and where that says nothing it is
+null.
 """
 
 SECTIONS: tuple[tuple[str, str, type], ...] = (

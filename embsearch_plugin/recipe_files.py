@@ -37,13 +37,15 @@ def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _merged(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a mapping with another's changes. What stays keeps its place: a table is in the first group that matches."""
     merged = dict(base)
     for key, value in other.items():
-        old = merged.pop(key, None)
-        both = isinstance(old, dict) and isinstance(value, dict)
-        if both and value.get("name", old.get("name")) == old.get("name"):
+        old = base.get(key)
+        if isinstance(old, dict) and isinstance(value, dict) and value.get("name", old.get("name")) == old.get("name"):
             merged[key] = _merged(old, value)
-        elif value is not None:
+        elif value is None and key in base:
+            del merged[key]
+        else:
             merged[key] = value
     return merged
 

@@ -191,7 +191,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply ``key=value`` overrides, keys with dots (``train.epochs=3``), values in YAML.
 
     A recipe that ``extends`` another (a path, from its own folder) says only what differs. Mappings are merged, unless they
-    have different names; null takes back what the other one says.
+    have different names; null takes back what the other one says, and where that says nothing it is a value as any.
 
     Raises:
         RecipeError: where the file cannot be read or something in it is wrong; lists all problems.

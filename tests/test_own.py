@@ -11,6 +11,8 @@ from embsearch_plugin.errors import DataError, ModelError, RecipeError
 from embsearch_plugin.plain import to_plain
 from embsearch_plugin.recipes import load_recipe, parse_recipe
 from embsearch_plugin.run import run
+from embsearch_plugin.study.conduct import Conductor
+from embsearch_plugin.training import Watcher
 
 MODULE = """
 from torchrec.models.dlrm import DLRM, DLRMTrain
@@ -56,6 +58,20 @@ def build_model(dim=8):
 
 def build_for(schema):
     return build_model.original(dim=4 * len(schema.fields))
+
+
+def build_even(dim=8):
+    if dim % 2:
+        raise ValueError("dim must be even")
+    return build_model.original(dim)
+
+
+def build_later():
+    import a_package_that_is_not_there
+
+
+def absent():
+    raise FileNotFoundError(2, "No such file or directory", "clicks.parquet")
 
 
 def nothing():
@@ -142,3 +158,26 @@ def test_functions_that_return_something_else(module: str) -> None:
         wrong.model.build(None)
     with pytest.raises(DataError, match="cannot be made with .*x"):
         wrong.data.load()
+
+
+def test_a_study_of_a_model_of_ones_own_prunes_what_the_model_refuses(module: str, tmp_path: Path) -> None:
+    study = {"fields": {"model.options.dim": [8, 9]}, "sampler": "BruteForceSampler"}
+    recipe = parse_recipe(content(model=f"{module}:build_even", study=study), "mine")
+    found = Conductor(recipe, tmp_path / "out", Watcher()).run(2)
+    reasons = {trial["params"]["model.options.dim"]: trial["reason"] for trial in found["trials"]}
+    assert reasons[8] is None and "cannot be built with {'dim': 9}: dim must be even" in reasons[9]
+
+
+@pytest.mark.parametrize(
+    ("more", "error"),
+    [
+        ({"model": "my_package.my_module:build_later"}, ModuleNotFoundError),
+        ({"data": "my_package.my_module:absent"}, FileNotFoundError),
+    ],
+)
+def test_an_error_in_ones_own_code_is_not_taken_for_the_storages(
+    module: str, more: dict[str, Any], error: type[Exception], tmp_path: Path
+) -> None:
+    recipe = parse_recipe(content(**more, study={"fields": {"train.lr": None}}), "mine")
+    with pytest.raises(error):
+        Conductor(recipe, tmp_path / "out", Watcher()).run(1)

@@ -167,6 +167,22 @@ def test_a_recipe_that_extends_another_says_only_what_differs(tmp_path: Path) ->
     assert recipe.tune == Tune()
 
 
+def test_a_study_that_extends_another_keeps_its_nulls_and_the_order_of_groups(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(
+        "data: planted\nmodel: dlrm\nsearch: {algorithm: dnis}\n"
+        "study: {fields: {train.l2: null, dnis.every: [1]}, layout: {groups: {large: [t_0], rest: ['*']}}}\n"
+    )
+    (tmp_path / "other.yaml").write_text(
+        "extends: base.yaml\n"
+        "study: {fields: {train.lr: null, dnis.every: null}, layout: {column_chunks: null, groups: {large: [t_1]}}}\n"
+    )
+    study = load_recipe(tmp_path / "other.yaml").study
+    assert study is not None and study.layout is not None
+    assert study.fields == {"train.l2": None, "train.lr": None}  # the range that is declared; what the other one said is gone
+    assert study.layout.column_chunks is None
+    assert list(study.layout.groups.items()) == [("large", ("t_1",)), ("rest", ("*",))]
+
+
 @pytest.mark.parametrize(
     ("extends", "message"),
     [

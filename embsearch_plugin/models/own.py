@@ -30,12 +30,12 @@ class OwnModel:
         """Build the model.
 
         Raises:
-            ModelError: where the function does not take the options, or returns no module.
+            ModelError: where the function does not take the options, by a TypeError or a ValueError, or returns no module.
         """
         function = imported(self.name)
         try:
             model = function(**accepted(function, self.options, schema=schema))
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ModelError(f"the model {self.name!r} cannot be built with {dict(self.options)}: {error}") from error
         if not isinstance(model, nn.Module):
             raise ModelError(f"{self.name!r} must return an nn.Module; got {type(model).__name__}.")

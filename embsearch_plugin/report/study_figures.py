@@ -111,7 +111,7 @@ def parallel_figure(content: Content) -> Markup | None:
     if not done or not names:
         return None
     axis_names = [*names, *(objective["name"] for objective in content["objectives"])]
-    lines = [[*(trial["params"].get(name) for name in names), *trial["values"]] for trial in done]
+    lines = [[*(_drawn(trial["params"], name) for name in names), *trial["values"]] for trial in done]
     scales = [_Scale([line[place] for line in lines]) for place in range(len(axis_names))]
     with page_style():
         figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
@@ -130,6 +130,11 @@ def parallel_figure(content: Content) -> Markup | None:
                 place_of_text = (place, height - 0.03 if below else height)
                 axes.annotate(text, place_of_text, ha="center", va="top" if below else "bottom", fontsize=7, color=MUTED)
         return inline_svg(figure, "parallel", f"{len(done)} trials by {', '.join(axis_names)}.")
+
+
+def _drawn(params: dict[str, Any], name: str) -> Any:
+    """Return what was drawn; a choice of null as that word, and None where nothing was asked for."""
+    return "null" if name in params and params[name] is None else params.get(name)
 
 
 class _Scale:

@@ -20,6 +20,7 @@ from rich.console import Console
 from embsearch_plugin import stack
 from embsearch_plugin.budget import human_bytes
 from embsearch_plugin.cells import DENSE_MODEL
+from embsearch_plugin.cli import Explained
 from embsearch_plugin.errors import StudyError
 from embsearch_plugin.files import write_json
 from embsearch_plugin.progress import ProgressWatcher
@@ -114,18 +115,27 @@ def summary(found: list[dict[str, Any]]) -> str:
     return f"Hypervolume, first to second: {ratio}. Bytes to be within {CLOSE} of the dense model: {'; '.join(needed)}."
 
 
-@click.command(help="Conduct the studies of two recipes at equal training compute, and compare their fronts.")
+def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> list[int]:
+    numbers = value.split(",")
+    if not all(number.isdecimal() for number in numbers) or len(set(numbers)) < len(numbers):
+        raise click.BadParameter(f"whole numbers with commas between them, no one twice, such as 0,1,2; got {value!r}")
+    return list(map(int, numbers))
+
+
+@click.command(cls=Explained, help="Conduct the studies of two recipes at equal training compute, and compare their fronts.")
 @click.argument("recipes", nargs=2, type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--plain-runs", type=float, required=True, help="How many plain training runs each study may take.")
-@click.option("--seeds", default="0,1,2", show_default=True, help="One study of each recipe per seed.")
+@click.option(
+    "--plain-runs", type=click.FloatRange(min=1), required=True, help="How many plain training runs each study may take."
+)
+@click.option("--seeds", default="0,1,2", show_default=True, callback=_numbers, help="A study of each recipe per seed.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/compare"), show_default=True)
-def main(recipes: tuple[Path, Path], overrides: tuple[str, ...], plain_runs: float, seeds: str, out: Path) -> None:
+def main(recipes: tuple[Path, Path], overrides: tuple[str, ...], plain_runs: float, seeds: list[int], out: Path) -> None:
     """Compare two studies; what was finished before is not done again."""
     stack.require()
     console, found = Console(), []
     with ProgressWatcher(console) as watcher:
-        for seed in map(int, seeds.split(",")):
+        for seed in seeds:
             both = [
                 outcome(replace(load_recipe(path, overrides), seeds=(seed,)), out / f"{path.stem}-{seed}", plain_runs, watcher)
                 for path in recipes

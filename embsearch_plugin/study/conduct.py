@@ -10,10 +10,11 @@ from typing import Any
 
 import optuna
 import yaml
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from embsearch_plugin.cells import DENSE, Row
-from embsearch_plugin.errors import NonFiniteLoss, RunFolderError, StudyError
+from embsearch_plugin.errors import NonFiniteLoss, RecipeError, RunFolderError, StudyError
 from embsearch_plugin.files import locked, write_json, write_text
 from embsearch_plugin.plain import to_plain
 from embsearch_plugin.recipes import Recipe, load_recipe, to_yaml
@@ -25,7 +26,7 @@ from embsearch_plugin.study.cost import estimate
 from embsearch_plugin.study.parameters import check, study_of
 from embsearch_plugin.study.parts import pruner_of, sampler_of
 from embsearch_plugin.study.results import STUDY, Findings, described, spent
-from embsearch_plugin.study.space import REASON
+from embsearch_plugin.study.space import REASON, suggest
 from embsearch_plugin.study.storage import alive, explained, name_metrics, retry, retry_lost, storage_of, url_of
 from embsearch_plugin.study.trial import STEPS, Objective, objectives_of
 from embsearch_plugin.study.workshop import RECIPE, Workshop
@@ -64,16 +65,16 @@ class Conductor:
                 as so many plain training runs. Unlike time, that is the same on every machine.
 
         Raises:
-            RecipeError: where something cannot be varied as the study says; lists all problems.
+            RecipeError: where something cannot be varied as the study says (lists all problems), or the sampler cannot draw it.
             RunFolderError: where the folder holds something else.
             SpaceError: where a group of the layout is of no table.
             StudyError: where the storage cannot be used, the study was begun with another recipe or other data, or no trial
                 has succeeded.
         """
         check(self.recipe)
+        workshop = Workshop(self.recipe.data.load(), self.folder)
+        self._check_groups(workshop)
         with explained(self._url):
-            workshop = Workshop(self.recipe.data.load(), self.folder)
-            self._check_groups(workshop)
             study = self._opened(workshop)
             if trials:
                 self.say(str(estimate(self.recipe, trials)))
@@ -99,24 +100,38 @@ class Conductor:
 
     def _opened(self, workshop: Workshop) -> optuna.Study:
         objectives = objectives_of(self.recipe, workshop.data.schema.task)
+        directions = [StudyDirection.MAXIMIZE if each.sign > 0 else StudyDirection.MINIMIZE for each in objectives]
         sampler, pruner = sampler_of(self._study), pruner_of(self._study)
-        with locked(self.folder):
+        self._check_sampler(directions)
+        with locked(self.folder), explained(self._url, ImportError):  # of a driver; later it is that of a user's model
             self._claim_folder()
             study = optuna.create_study(
                 storage=storage_of(self._url),
                 study_name=self._study.name or self.folder.resolve().name,
                 sampler=sampler,
                 pruner=pruner,
-                directions=["maximize" if objective.sign > 0 else "minimize" for objective in objectives],
+                directions=directions,
                 load_if_exists=True,
             )
-            self._claim_study(study, {BEGUN_WITH: _compared(self.recipe), DATA: workshop.fingerprint})
+            self._claim_study(study, directions, {BEGUN_WITH: _compared(self.recipe), DATA: workshop.fingerprint})
             name_metrics(study, [objective.name for objective in objectives])
             self._join(study)
         return study
 
+    def _check_sampler(self, directions: list[StudyDirection]) -> None:
+        """Draw once, in memory: a sampler may take one objective only, or have been given other parameters than the study's."""
+        study = optuna.create_study(sampler=sampler_of(self._study), directions=directions)
+        try:
+            with suppress(optuna.TrialPruned):
+                suggest(study.ask(), self.recipe)
+        except ValueError as error:
+            name = self._study.sampler["name"]
+            raise RecipeError(f"{name} cannot draw what this study varies: {error} @ recipe.study.sampler") from error
+
     def _claim_folder(self) -> None:
         written = self.folder / RECIPE
+        if (self.folder / "cells").exists():
+            raise RunFolderError(f"{self.folder} holds a run, whose report is kept.\n  Possible solution: another --out.")
         if not written.exists():
             if any(self.folder.iterdir()):
                 raise RunFolderError(
@@ -130,10 +145,14 @@ class Conductor:
                 "  Possible solution: give the same recipe and overrides, or another --out."
             )
 
-    def _claim_study(self, study: optuna.Study, begun: dict[str, str]) -> None:
+    def _claim_study(self, study: optuna.Study, directions: list[StudyDirection], begun: dict[str, str]) -> None:
         where = f"the study {study.study_name!r} in {hidden(self._url)}"
-        if study.get_trials(deepcopy=False) and BEGUN_WITH not in study.user_attrs:
-            raise StudyError(f"{where} was not begun by embsearch.\n  Possible solution: another study.name.")
+        foreign = study.get_trials(deepcopy=False) or study.directions != directions  # with none, one made by hand will do
+        if foreign and BEGUN_WITH not in study.user_attrs:
+            raise StudyError(
+                f"{where} was not begun by embsearch: it has trials, or other directions than "
+                f"{', '.join(each.name.lower() for each in directions)}.\n  Possible solution: another study.name."
+            )
         for key, value in begun.items():
             there = study.user_attrs.get(key, value)
             if there != value:
@@ -211,6 +230,7 @@ def _compared(recipe: Recipe) -> str:
 def _reasons(trials: list[dict[str, Any]]) -> str:
     if not trials:
         return "There was none.\n  Possible solution: --trials N."
-    found = Counter(f"{trial['state']}: {trial['reason'] or 'stopped, or by an error'}" for trial in trials)
+    unknown = {"running": "by another process"}
+    found = Counter(f"{t['state']}: {t['reason'] or unknown.get(t['state'], 'stopped, or by an error')}" for t in trials)
     listed = "; ".join(f"{count} x {reason}" for reason, count in found.most_common(5))
     return f"Of {len(trials)}: {listed}"

@@ -41,10 +41,14 @@ class Layout:
             count: Range | None = getattr(self, name)
             if count is not None and not all(isinstance(end, int) and end >= 1 for end in count.ends):
                 raise ValueError(f"{name} must range over whole numbers from 1; got {count.low!r} to {count.high!r}")
+            if count is not None and count.fraction:
+                raise ValueError(f"{name}: {count.fraction}")
         for name in ("row_growth", "column_growth"):
             growth: Range = getattr(self, name)
             if not all(is_number(end) and end > 0 for end in growth.ends):
                 raise ValueError(f"{name} must range over numbers above 0; got {growth.low!r} to {growth.high!r}")
+        if empty := [group for group, tables in self.groups.items() if not tables]:
+            raise ValueError(f"groups must hold at least one table each; {', '.join(empty)} holds none")
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,12 @@ def check(recipe: Recipe) -> None:
     """
     varied = parameters(recipe)
     problems = [problem for parameter in varied for problem in _refused(recipe, parameter)]
+    if len(recipe.search.budgets) > 1 and not any(parameter.key == BUDGETS for parameter in varied):
+        problems.append(
+            f"there must be one budget, or {BUDGETS} among the fields that vary; got {list(recipe.search.budgets)} "
+            "@ recipe.search.budgets"
+        )
+    _raise_any(problems)  # what follows needs the algorithms, which may be among them
     possible = {config.name for config in possible_algorithms(recipe)}
     tried = ", ".join(sorted(possible))
     problems += [
@@ -110,15 +116,24 @@ def check(recipe: Recipe) -> None:
         for parameter in varied
         if parameter.algorithm and parameter.algorithm not in possible
     ]
-    if len(recipe.search.budgets) > 1 and not any(parameter.key == BUDGETS for parameter in varied):
-        problems.append(
-            f"there must be one budget, or {BUDGETS} among the fields that vary; got {list(recipe.search.budgets)} "
-            "@ recipe.search.budgets"
-        )
-    space, layout = recipe.search.space, study_of(recipe).layout
-    if space is not None and space.scope == "global" and layout is not None and layout.groups:
-        problems.append("groups must be empty where the space's scope is global @ recipe.study.layout.groups")
+    problems += _wrong_with_layout(recipe, varied)
     _raise_any(problems)
+
+
+def _wrong_with_layout(recipe: Recipe, varied: list[Parameter]) -> Iterator[str]:
+    """Say where the layout does not go with the space, with the fields that vary, or with any algorithm."""
+    space, layout, possible = recipe.search.space, study_of(recipe).layout, possible_algorithms(recipe)
+    if layout is None:
+        return
+    if space is not None and space.scope == "global" and layout.groups:
+        yield "groups must be empty where the space's scope is global @ recipe.study.layout.groups"
+    cuts = {name for name in ("row_blocks", "column_chunks") if getattr(layout, name) is not None}
+    drawn = {f"search.space.{name}" for name in ({"groups"} if layout.groups else cuts)}
+    yield from (f"the layout draws it, so it is no field @ recipe.study.fields.{p.name}" for p in varied if p.key in drawn)
+    used = any((c.cuts_rows and "row_blocks" in cuts) or (c.cuts_columns and "column_chunks" in cuts) for c in possible)
+    if not used and not any(parameter.algorithm for parameter in varied):  # an algorithm's field may say whether it cuts
+        tried = ", ".join(sorted({config.name for config in possible}))
+        yield f"the layout varies nothing: {tried} does not cut tables so; leave it out, or try others @ recipe.study.layout"
 
 
 def possible_algorithms(recipe: Recipe) -> list[SearchConfig]:
@@ -151,6 +166,8 @@ def _resolved(recipe: Recipe, name: str, values: Range | Choices | None) -> Iter
 def _parameter(root: Any, name: str, path: str, values: Range | Choices | None, algorithm: str | None) -> Parameter:
     if name.startswith(f"{ALGORITHM}."):
         raise RecipeError("an algorithm's field is written NAME.field, as dnis.lr")
+    if name == "search.baselines":
+        raise RecipeError("a trial has no baselines, so they cannot be varied")
     if algorithm is None and name.split(".", maxsplit=1)[0] not in ("model", "train", "search"):
         raise RecipeError(f"fields of model, train and search can be varied, and of algorithms ({', '.join(algorithms())})")
     declared, hint = _look_up(root, path)
@@ -200,7 +217,9 @@ def _kind(path: str, values: Range | Choices, hint: Any) -> Kind:
         whole = all(isinstance(end, int) for end in values.ends)
         if not whole and hint is not Any:
             raise RecipeError(f"the ends must be whole numbers; got {values.low!r} and {values.high!r}")
-        return "int" if whole else "float"
+        if whole and values.fraction and hint is not Any:
+            raise RecipeError(values.fraction)
+        return "int" if whole and not values.fraction else "float"
     raise RecipeError("the field is no number, so it takes a list of choices")
 
 
@@ -213,6 +232,8 @@ def _budget_kind(values: Range) -> Kind:
         raise RecipeError(f"both ends must be in per cent, in bytes or in parameters; got {low} and {high}")
     if not low.amount < high.amount:
         raise RecipeError(f"the range is {'empty' if low.amount == high.amount else 'inverted'}: got {low} and {high}")
+    if low.share is None and values.fraction:
+        raise RecipeError(values.fraction)
     return "amount" if low.share is None else "share"
 
 

@@ -33,9 +33,9 @@ def suggest(trial: optuna.trial.BaseTrial, recipe: Recipe) -> Recipe:
         optuna.TrialPruned: where the values do not go together; says why, as does the trial's user attribute ``reason``.
         RecipeError: where the recipe has no study, or the study varies what does not exist.
     """
-    bare, study = replace(recipe, study=None), study_of(recipe)
+    bare, study, varied = replace(recipe, study=None), study_of(recipe), parameters(recipe)
     try:
-        for parameter in parameters(recipe):
+        for parameter in varied:
             if parameter.algorithm in (None, bare.search.algorithm.name):
                 bare = overridden(bare, {parameter.key: drawn(trial, parameter)}, f"trial {trial.number}")
         if study.layout is not None:

@@ -61,14 +61,14 @@ def name_metrics(study: optuna.Study, names: list[str]) -> None:
 
 
 @contextmanager
-def explained(url: str) -> Iterator[None]:
-    """Turn what goes wrong with a storage, or with the disk, into an error that says what to do."""
+def explained(url: str, *more: type[Exception]) -> Iterator[None]:
+    """Turn what goes wrong with a storage, or with the disk, into an error that says what to do; ``more`` errors, too."""
     try:
         yield
     except (EmbsearchError, optuna.TrialPruned):
         raise
     except Exception as error:
-        if not (isinstance(error, OSError | StorageInternalError | ImportError) or type(error).__module__.startswith(_DRIVERS)):
+        if not (isinstance(error, (OSError, StorageInternalError, *more)) or type(error).__module__.startswith(_DRIVERS)):
             raise
         raise StudyError(
             f"the study cannot go on, because its storage {hidden(url)} or the disk cannot be used: {_first_line(error)}\n"

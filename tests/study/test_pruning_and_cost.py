@@ -42,6 +42,8 @@ def test_several_objectives_are_not_pruned() -> None:
         (BUDGETS, "dnis", {}, 1, 2),
         (BUDGETS, "nis", None, 1, 2),  # its search depends on the budget
         ({"dnis.lr": None}, "dnis", None, 1, 2),
+        ({"spectral.fine_tuning": None}, "spectral", None, 1, 1),  # its range ends at one dense training
+        ({"magnitude.rounds": [1, 3]}, "magnitude", None, 1, 2),  # pruned in rounds, the model trains meanwhile
         ({"train.lr": None}, "magnitude", None, 1, 2),
         ({"train.lr": None}, "uniform", None, 1, 1),
         ({"search.algorithm": ["uniform", "dnis"], "train.lr": None}, "uniform", None, 1, 2),
@@ -53,3 +55,4 @@ def test_a_study_says_what_it_costs(fields: dict[str, Any], algorithm: str, layo
     assert (found.once, found.each, found.baselines) == (once, pytest.approx(each), 3)
     assert found.total == pytest.approx(once + 30 * each + 3)
     assert f"30 trials cost at most {found.total:.3g} plain training runs" in str(found)
+    assert "if no search takes longer than one" in str(found)

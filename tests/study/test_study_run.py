@@ -141,6 +141,13 @@ def test_three_objectives_and_layouts_by_groups(conduct: Conduct) -> None:
     assert found["trials"][found["chosen"]]["front"]
 
 
+@pytest.mark.parametrize("choices", [[None], [None, 1.0]])
+def test_a_choice_may_be_null(choices: list[Any], conduct: Conduct, tmp_path: Path) -> None:
+    found = conduct(small({"fields": {"train.clip_norm": choices}}), 3)
+    assert {trial["params"]["train.clip_norm"] for trial in found["trials"]} == set(choices)
+    assert ">null</text>" in (tmp_path / "study" / "report.html").read_text()
+
+
 def test_a_group_of_no_table_is_refused_at_once(conduct: Conduct) -> None:
     with pytest.raises(SpaceError, match="none is called 't_user'. Available: t_cat_0"):
         conduct(small({"fields": BUDGETS, "layout": {"groups": {"large": ["t_user"], "rest": ["*"]}}}), 3)
@@ -223,6 +230,26 @@ def test_a_study_of_another_space_is_not_joined(conduct: Conduct, tmp_path: Path
         conduct(small({"fields": BUDGETS, **storage, "name": "foreign"}), 2, "third")
 
 
+def test_an_empty_study_made_by_hand_is_taken_if_its_directions_are_ours(conduct: Conduct, tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path / 'all.db'}"
+    optuna.create_study(storage=storage, study_name="up", direction="maximize")
+    optuna.create_study(storage=storage, study_name="down", direction="minimize")
+    study = {"fields": BUDGETS, "objectives": ["auc"], "storage": storage}
+    assert states(conduct(small({**study, "name": "up"}), 1)) == ["complete"]
+    with pytest.raises(
+        StudyError, match="'down' in .* it has trials, or other directions than maximize.\n.*another study.name"
+    ):
+        conduct(small({**study, "name": "down"}), 1, "another")
+
+
+def test_the_folder_of_a_run_is_left_alone(conduct: Conduct, tmp_path: Path) -> None:
+    recipe = small({"fields": BUDGETS})
+    (tmp_path / "study" / "cells").mkdir(parents=True)
+    (tmp_path / "study" / "recipe.yaml").write_text(to_yaml(recipe))
+    with pytest.raises(RunFolderError, match="holds a run, whose report is kept.\n.*another --out"):
+        conduct(recipe, 1)
+
+
 def test_a_folder_that_holds_something_else_is_left_alone(conduct: Conduct, tmp_path: Path) -> None:
     (tmp_path / "study").mkdir()
     (tmp_path / "study" / "thesis.tex").write_text("x")
@@ -237,6 +264,10 @@ def test_a_folder_that_holds_something_else_is_left_alone(conduct: Conduct, tmp_
         ({"sampler": "TPESampla"}, "Optuna has no sampler 'TPESampla'. Did you mean 'TPESampler'"),
         ({"sampler": {"name": "TPESampler", "sead": 1}}, "TPESampler cannot be made with {'sead': 1}: .*sead"),
         ({"objectives": ["auc"], "pruner": "MedianPrunr"}, "Optuna has no pruner 'MedianPrunr'. Did you mean 'MedianPruner'"),
+        (
+            {"sampler": {"name": "GridSampler", "search_space": {"lr": [1, 2]}}},
+            "GridSampler cannot draw what this study varies: .*search.budgets, is not found in the given grid.* @ recipe.study",
+        ),
         ({"objectives": ["ndcg_10"]}, "the task 'click' has no metric 'ndcg_10'"),
     ],
 )
@@ -279,3 +310,19 @@ def test_studies_are_compared_by_one_command(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "out" / "compare.json").read_text())["seeds"][0]
     assert found["seed"] == 0 and len(found["fronts"]) == 2
     assert "Hypervolume, first to second" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds", "0,x"], "whole numbers with commas between them"),
+        (["--seeds", "1,1"], "no one twice"),
+        (["--plain-runs", "0"], "0.0 is not in the range x>=1"),
+        (["search.algorithm=nobody"], "unknown name 'nobody'"),
+    ],
+)
+def test_a_comparison_says_what_is_wrong(arguments: list[str], message: str, tmp_path: Path) -> None:
+    recipes = [str(RECIPES / f"study_planted_{name}.yaml") for name in ("dlrm", "deepfm")]
+    result = CliRunner().invoke(compare.main, [*recipes, "--plain-runs", "2", "--out", str(tmp_path / "out"), *arguments])
+    assert result.exit_code != 0 and "Traceback" not in result.output
+    assert message in " ".join(result.output.split())

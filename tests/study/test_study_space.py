@@ -121,21 +121,24 @@ def test_all_that_cannot_be_varied_is_listed_at_once() -> None:
         "dnis.lrr": None,
         "dnis.lr": {"low": 0.1, "high": 1},
         "search.algorithm.lr": None,
+        "search.baselines": [[], ["uniform"]],
         "data.examples": [3],
         "dnis": [1],
         "train.patience": {"low": 0.5, "high": 2},
         "train.optimizer": {"low": 1, "high": 2},
         "train.l2": {"low": "5%", "high": "6%"},
         "search.budgets": {"low": "50%", "high": "5%"},
+        "train.batch_size": {"low": 128, "high": 512, "step": 64.5},
     }
     with pytest.raises(RecipeError) as error:
         check(recipe({"fields": fields}))
     for part in (
-        "10 problems in the study",
+        "12 problems in the study",
         "there is no field 'lrr'. Did you mean 'lr'?",
         "@ recipe.study.fields.train.lrr",
         "declares no range, so the study must give one, or a list. Declared there: lr, l2 @ recipe.study.fields.train.epochs",
         "@ recipe.study.fields.dnis.lrr",
+        "a trial has no baselines, so they cannot be varied @ recipe.study.fields.search.baselines",
         "an algorithm's field is written NAME.field, as dnis.lr @ recipe.study.fields.search.algorithm.lr",
         "fields of model, train and search can be varied",
         "so it takes null; got (1,) @ recipe.study.fields.dnis",
@@ -143,6 +146,7 @@ def test_all_that_cannot_be_varied_is_listed_at_once() -> None:
         "the field is no number, so it takes a list of choices @ recipe.study.fields.train.optimizer",
         "the ends must be numbers; got '5%' and '6%'",
         "the range is inverted: got 50% and 5% @ recipe.study.fields.search.budgets",
+        "step must be a whole number; got 64.5 @ recipe.study.fields.train.batch_size",
     ):
         assert part in str(error.value)
 
@@ -156,11 +160,54 @@ def test_all_that_cannot_be_varied_is_listed_at_once() -> None:
         ({"fields": {"search.budgets": {"low": "5%", "high": "5.0%"}}}, "the range is empty: got 5% and 5.0%"),
         ({"fields": {"search.budgets": {"low": "5%", "high": "1MiB"}}}, "both ends must be in per cent, in bytes"),
         ({"fields": {"search.budgets": {"low": 5, "high": 50}}}, "a budget is a text"),
+        ({"fields": {"search.budgets": {"low": "1KiB", "high": "2KiB", "step": 0.5}}}, "step must be a whole number; got 0.5"),
     ],
 )
 def test_what_a_recipe_refuses_is_found_before_the_study(study: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         check(recipe(study))
+
+
+@pytest.mark.parametrize(
+    ("study", "search", "message"),
+    [
+        (
+            {"fields": {}, "layout": {}},
+            {"algorithm": "uniform"},
+            "varies nothing: uniform does not cut .* @ recipe.study.layout",
+        ),
+        ({"fields": {}, "layout": {"row_blocks": None, "column_chunks": None}}, {"algorithm": "dnis"}, "varies nothing: dnis"),
+        (
+            {"fields": {"search.space.row_blocks": [2, 3]}, "layout": {}},
+            {"algorithm": "dnis"},
+            "the layout draws it, so it is no field @ recipe.study.fields.search.space.row_blocks",
+        ),
+        (
+            {"fields": {}, "layout": {"groups": {"all": ["*"]}}},
+            {"algorithm": "dnis", "space": {"scope": "global"}},
+            "groups must be empty where the space's scope is global @ recipe.study.layout.groups",
+        ),
+    ],
+)
+def test_a_layout_that_does_not_go_with_the_rest_is_refused(
+    study: dict[str, Any], search: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        check(recipe(study, search=search))
+
+
+def test_a_layout_goes_with_fields_that_it_leaves_alone() -> None:
+    check(recipe({"fields": {"search.space.row_blocks": [2, 3]}, "layout": {"row_blocks": None}}))
+    check(recipe({"fields": {"search.space.row_blocks": [2, 3]}, "layout": {"groups": {"some": ["t_*"]}}}))
+    check(recipe({"fields": {"search.algorithm": ["uniform", "dnis"]}, "layout": {}}))
+    check(recipe({"fields": {"random.by": None}, "layout": {}}, search={"algorithm": "random"}))
+
+
+def test_an_unknown_algorithm_is_listed_with_all_else_that_is_refused() -> None:
+    fields = {"search.algorithm": ["dnsi", "uniform"], "train.optimizer": ["adma"]}
+    with pytest.raises(RecipeError, match="2 problems in the study: 'dnsi' is refused: .*'dnis'.*; 'adma' is refused") as error:
+        check(recipe({"fields": fields}))
+    assert "@ recipe.study.fields.search.algorithm" in str(error.value)
 
 
 def test_one_budget_is_needed_where_it_does_not_vary() -> None:
@@ -178,6 +225,8 @@ def test_one_budget_is_needed_where_it_does_not_vary() -> None:
         ({"fields": {"a": {"low": 0, "high": 1, "log": True}}}, "low must be above 0 with log; got 0"),
         ({"fields": {"a": {"low": 1, "high": 2, "log": True, "step": 1}}}, "step must be above 0, and null with log"),
         ({"fields": {"a": {"low": 1, "high": "5%"}}}, "both numbers or both texts"),
+        ({"fields": {"a": {"low": 1, "high": float("inf")}}}, "low and high must be finite; got 1 and inf"),
+        ({"fields": {"a": {"low": 1, "high": 2, "step": 5}}}, "step must be at most high - low; got 5 from 1 to 2"),
         ({"fields": {"a": {"low": True, "high": 2}}}, "must be numbers, or budgets as text; got True"),
         ({"fields": {"a": 3}}, "expected a mapping with low, high, log, step or a list, got 3 @ recipe.study.fields"),
         ({"fields": {"a": []}}, "a must hold at least one choice, none twice"),
@@ -189,6 +238,11 @@ def test_one_budget_is_needed_where_it_does_not_vary() -> None:
         ({"fields": {"a": [1]}, "pruner": "MedianPruner"}, "pruner must be null with 2 objectives"),
         ({"fields": {"a": [1]}, "sampler": 3}, "sampler must be the name of a class of Optuna's"),
         ({"fields": {}, "layout": {"row_blocks": {"low": 0, "high": 2}}}, "row_blocks must range over whole numbers from 1"),
+        (
+            {"fields": {}, "layout": {"row_blocks": {"low": 1, "high": 3, "step": 0.5}}},
+            "row_blocks: step must be a whole number",
+        ),
+        ({"fields": {}, "layout": {"groups": {"large": [], "rest": ["*"]}}}, "at least one table each; large holds none"),
         ({"fields": {}, "layout": {"row_growth": {"low": 0, "high": 2}}}, "row_growth must range over numbers above 0"),
     ],
 )
@@ -200,3 +254,8 @@ def test_a_study_that_makes_no_sense_is_refused_when_the_recipe_is_read(study: d
 def test_a_recipe_without_a_study_says_so() -> None:
     with pytest.raises(RecipeError, match="must have a section study"):
         es.suggest(optuna.create_study().ask(), parse_recipe(BASE, "r.yaml"))
+
+
+def test_a_field_that_does_not_exist_is_an_error_and_no_pruned_trial() -> None:
+    with pytest.raises(RecipeError, match="there is no field 'lrr'. Did you mean 'lr'.* @ recipe.study.fields.train.lrr"):
+        es.suggest(optuna.create_study().ask(), recipe({"fields": {"train.lrr": None}}))

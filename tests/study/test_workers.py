@@ -10,6 +10,8 @@ from pathlib import Path
 import optuna
 import pytest
 
+from embsearch_plugin.errors import StudyError
+from embsearch_plugin.files import locked
 from embsearch_plugin.recipes import to_yaml
 from study.conftest import BUDGETS, Conduct, small
 
@@ -80,3 +82,13 @@ def test_the_trial_of_a_process_that_lives_is_left_alone(tmp_path: Path, conduct
         assert [trial["state"] for trial in found["trials"]] == ["complete", "running"]
         os.kill(other.pid, signal.SIGKILL)
     assert [trial["state"] for trial in conduct(recipe, 2)["trials"]] == ["complete", "fail", "complete"]
+
+
+def test_a_study_whose_only_trial_another_process_works_on_says_so(tmp_path: Path, conduct: Conduct) -> None:
+    recipe = small({"fields": {"search.budgets": ["1%"]}}, search={"algorithm": "uniform"})
+    with pytest.raises(StudyError, match="1 x pruned"):
+        conduct(recipe, 1)
+    study = optuna.load_study(study_name=None, storage=f"sqlite:///{tmp_path / 'study' / 'study.db'}")
+    with locked(tmp_path / "study" / "running" / str(study.ask().number)), pytest.raises(StudyError) as error:
+        conduct(recipe, 2)
+    assert "1 x running: by another process" in str(error.value)
