@@ -36,13 +36,17 @@ ONE_CELL_EACH = ["train.epochs=1", "search.budgets=[50%]", "seeds=[0]", "tune={}
 FEW_ALLOCATIONS = {
     "baselines": [
         "search.algorithm.temperatures=[0.4]",
-        "search.baselines=[uniform, {name: grid, dims: [1, 2]}, {name: random, draws: 2}, {name: random, by: block, draws: 2}, "
-        "magnitude, {name: magnitude, rounds: 2, warm_up: 5, every: 5}, {name: magnitude, fine_grained: true}]",
+        "search.baselines=[{name: random, draws: 2}, {name: random, by: block, draws: 2}]",
     ],
     "grid": ["search.algorithm.dims=[1, 2, 4]"],
     "random": ["search.algorithm.draws=2", "search.baselines=[{name: random, by: block, draws: 2}]"],
     "mde": ["search.algorithm.temperatures=[0.2, 0.8]", "search.algorithm.block_counts=[1, 3]"],
     "magnitude": ["search.algorithm.every=5"],
+    "m_nis": ["search.baselines=[{name: nis, mode: se, warm_up: 5}]"],
+    "searchers": [
+        "search.baselines=[{name: autodim, candidates: [2, 8]}, {name: sam, candidates: [2, 8]}, "
+        "{name: magnitude, rounds: 2, warm_up: 5, every: 5}, {name: magnitude, fine_grained: true}]",
+    ],
     "ncf_nis": ["search.baselines=[{name: nis, mode: se, warm_up: 5, quality: recall@1}, uniform]"],
     "spectral": ["search.algorithm.rivals=[1]"],
 }
