@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from embsearch_plugin.algorithms.base import SearchConfig
-from embsearch_plugin.algorithms.parts.fixed import Dims, FixedAllocation
+from embsearch_plugin.algorithms.parts.fixed import Dims, FixedAllocation, WholeTableConfig
 from embsearch_plugin.algorithms.uniform import largest_dim, same_dim
 from embsearch_plugin.budget import Budget, human_bytes
 from embsearch_plugin.errors import BudgetError, SpaceError, did_you_mean
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Given(SearchConfig):
+class Given(WholeTableConfig):
     """Settings of given dims.
 
     Args:
@@ -28,28 +28,12 @@ class Given(SearchConfig):
     """
 
     name: ClassVar[str] = "given"
-    warm_up: int = 0
     dims: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if any(dim < 0 for dim in self.dims.values()):
             raise ValueError(f"dims must be at least 0; got {dict(self.dims)}")
-
-    @property
-    def trains(self) -> bool:
-        """Sizes are known before any training."""
-        return False
-
-    @property
-    def cuts_rows(self) -> bool:
-        """A dim is a whole table's."""
-        return False
-
-    @property
-    def cuts_columns(self) -> bool:
-        """Dims are as they are given."""
-        return False
 
     def build(self) -> "GivenDims":
         """Return the algorithm of one session."""

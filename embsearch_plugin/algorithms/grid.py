@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
 from embsearch_plugin.algorithms.base import SearchConfig
-from embsearch_plugin.algorithms.parts.fixed import Dims, FixedAllocation
+from embsearch_plugin.algorithms.parts.fixed import Dims, FixedAllocation, WholeTableConfig
 from embsearch_plugin.algorithms.uniform import Uniform, does_not_fit, fitting_dims, same_dim
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import Table
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grid(SearchConfig):
+class Grid(WholeTableConfig):
     """Settings of a grid search.
 
     Args:
@@ -34,28 +34,12 @@ class Grid(SearchConfig):
     """
 
     name: ClassVar[str] = "grid"
-    warm_up: int = 0
     dims: tuple[int, ...] = tuple(range(4, 65, 4))
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.dims or self.dims[0] < 1 or any(left >= right for left, right in pairwise(self.dims)):
             raise ValueError(f"dims must hold at least one, be positive and ascending, no one twice; got {list(self.dims)}")
-
-    @property
-    def trains(self) -> bool:
-        """Sizes are known before any training."""
-        return False
-
-    @property
-    def cuts_rows(self) -> bool:
-        """A dim is a whole table's."""
-        return False
-
-    @property
-    def cuts_columns(self) -> bool:
-        """Dims are multiples of the space's ``align``."""
-        return False
 
     def allocations(self, tables: Sequence[Table], budget: Budget, space: SearchSpace) -> Sequence[SearchConfig]:
         """Return a uniform dim for each of the grid that is within the budget and the widest table.

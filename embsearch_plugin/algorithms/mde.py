@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from embsearch_plugin.algorithms.base import SearchConfig
-from embsearch_plugin.algorithms.parts.fixed import Dims, FixedAllocation, proportional
+from embsearch_plugin.algorithms.parts.fixed import Dims, FixedAllocation, FixedConfig, proportional
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import Table
 from embsearch_plugin.compact.fold import UNFOLDED, Fold
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mde(SearchConfig):
+class Mde(FixedConfig):
     """Settings of mixed dimensions.
 
     Args:
@@ -65,16 +65,6 @@ class Mde(SearchConfig):
             raise ValueError(f"temperatures must hold at least one, lie between 0 and 1, and differ; got {list(alphas)}")
         if not counts or min(counts) < 1 or len(set(counts)) < len(counts):
             raise ValueError(f"block_counts must hold at least one, be at least 1, and differ; got {list(counts)}")
-
-    @property
-    def trains(self) -> bool:
-        """Sizes are known before any training."""
-        return False
-
-    @property
-    def cuts_columns(self) -> bool:
-        """Dims are multiples of the space's ``align``."""
-        return False
 
     def allocations(self, tables: Sequence[Table], budget: Budget, space: SearchSpace) -> Sequence[SearchConfig]:
         """Return a config for each temperature and number of blocks, as far as the space tells them apart."""

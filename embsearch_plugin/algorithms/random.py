@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from embsearch_plugin.algorithms.base import SearchConfig
-from embsearch_plugin.algorithms.parts.fixed import Dims, FixedAllocation, proportional
+from embsearch_plugin.algorithms.parts.fixed import Dims, FixedAllocation, FixedConfig, proportional
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import Table
 from embsearch_plugin.hookspecs import hookimpl
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Random(SearchConfig):
+class Random(FixedConfig):
     """Settings of random search.
 
     Args:
@@ -62,19 +62,9 @@ class Random(SearchConfig):
             )
 
     @property
-    def trains(self) -> bool:
-        """Sizes are known before any training."""
-        return False
-
-    @property
     def cuts_rows(self) -> bool:
         """Where a dim is drawn for each block."""
         return self.by == "block"
-
-    @property
-    def cuts_columns(self) -> bool:
-        """Dims are multiples of the space's ``align``."""
-        return False
 
     def allocations(self, tables: Sequence[Table], budget: Budget, space: SearchSpace) -> Sequence[SearchConfig]:
         """Return a config for each draw."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from embsearch_plugin.algorithms.base import SearchConfig
-from embsearch_plugin.algorithms.parts.fixed import Dims, FixedAllocation
+from embsearch_plugin.algorithms.parts.fixed import Dims, FixedAllocation, WholeTableConfig
 from embsearch_plugin.budget import Budget, human_bytes
 from embsearch_plugin.collection import Table
 from embsearch_plugin.errors import BudgetError
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Uniform(SearchConfig):
+class Uniform(WholeTableConfig):
     """Settings of a uniform dim.
 
     Args:
@@ -30,28 +30,12 @@ class Uniform(SearchConfig):
     """
 
     name: ClassVar[str] = "uniform"
-    warm_up: int = 0
     dim: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.dim is not None and self.dim < 1:
             raise ValueError(f"dim must be at least 1; got {self.dim}")
-
-    @property
-    def trains(self) -> bool:
-        """Sizes are known before any training."""
-        return False
-
-    @property
-    def cuts_rows(self) -> bool:
-        """A dim is a whole table's."""
-        return False
-
-    @property
-    def cuts_columns(self) -> bool:
-        """Dims are multiples of the space's ``align``."""
-        return False
 
     @property
     def same_at_every_budget(self) -> bool:

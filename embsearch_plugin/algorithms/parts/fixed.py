@@ -2,11 +2,13 @@
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import Table
 from embsearch_plugin.hookspecs import hookimpl
@@ -18,6 +20,33 @@ if TYPE_CHECKING:
 
 Dims = list[tuple[int, ...]]
 """Per table, the dim of each of its row blocks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedConfig(SearchConfig):
+    """Settings that say all sizes before any training."""
+
+    @property
+    def trains(self) -> bool:
+        """Sizes are known."""
+        return False
+
+    @property
+    def cuts_columns(self) -> bool:
+        """Dims are as they are given, or multiples of the space's ``align``."""
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeTableConfig(FixedConfig):
+    """Settings that give all rows of a table one dim."""
+
+    warm_up: int = 0
+
+    @property
+    def cuts_rows(self) -> bool:
+        """A dim is a whole table's."""
+        return False
 
 
 class FixedAllocation:
