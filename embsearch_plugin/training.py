@@ -144,10 +144,10 @@ def train_epoch(stage: Stage, stepped: Callable[[], None] = lambda: None) -> tup
     """Take one pass over the training split; return the mean training loss, and how many weight steps it took."""
     stage.model.train()
     total, steps = 0.0, 0
-    with decayed(stage.model, stage.options.l2):
+    with decayed(stage.model, stage.options.l2) as forward:
         for batch in islice(stage.train, stage.steps):
             stage.optimizer.zero_grad()
-            loss, _ = stage.model(batch)
+            loss, _ = forward(batch)
             loss.backward()
             if stage.options.clip_norm is not None:
                 nn.utils.clip_grad_norm_(stage.model.parameters(), stage.options.clip_norm)
@@ -164,22 +164,31 @@ def train_epoch(stage: Stage, stepped: Callable[[], None] = lambda: None) -> tup
 
 
 @contextmanager
-def decayed(model: nn.Module, l2: float) -> Iterator[None]:
-    """Decay the effective rows that a batch looks up: add the gradient of ``l2 * sum of their squares / B`` to the loss's.
+def decayed(model: nn.Module, l2: float) -> Iterator[Callable[[Any], Any]]:
+    """Yield the model's forward with a decay of the effective rows that it looks up: ``l2 * sum of their squares / B``.
 
-    It is added where collections put them out, gates and projections applied. As a term of the loss it would pass over all
-    that was looked up several times more.
+    Its gradient is added where collections put rows out, gates and projections applied. As a term of the loss it would pass
+    over all that was looked up several times more. Other forwards, those of a search step, have no decay.
     """
+    inside = False
 
     def add(module: nn.Module, inputs: object, output: KeyedTensor) -> None:
         values = output.values()
-        if module.training and values.requires_grad:
+        if inside and values.requires_grad:
             kept = values.detach()  # the hook must not hold its own tensor
             values.register_hook(lambda gradient: torch.add(gradient, kept, alpha=2 * l2 / max(len(kept), 1)))
 
+    def forward(batch: Any) -> Any:
+        nonlocal inside
+        inside = True
+        try:
+            return model(batch)
+        finally:
+            inside = False
+
     handles = [collection.register_forward_hook(add) for collection in outermost_collections(model) if l2]
     try:
-        yield
+        yield forward
     finally:
         for handle in handles:
             handle.remove()

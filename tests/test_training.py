@@ -24,8 +24,8 @@ def test_l2_is_the_gradient_of_what_is_looked_up(name: str) -> None:
     loss, _ = reference(batch)
     (loss + 0.3 * sum(values.square().sum() / len(values) for values in outputs)).backward()
     torch.manual_seed(1)
-    with decayed(model, 0.3):
-        model(batch)[0].backward()
+    with decayed(model, 0.3) as forward:
+        forward(batch)[0].backward()
     for found, expected in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(found.grad, expected.grad)
 
@@ -42,8 +42,8 @@ def test_l2_acts_on_rows_as_the_gates_leave_them() -> None:
     torch.manual_seed(1)  # of dropout
     plain = [torch.autograd.grad(model(batches[1])[0], list(model.parameters()))]
     torch.manual_seed(1)
-    with decayed(model, 2.0):
-        plain.append(torch.autograd.grad(model(batches[1])[0], list(model.parameters())))
+    with decayed(model, 2.0) as forward:
+        plain.append(torch.autograd.grad(forward(batches[1])[0], list(model.parameters())))
     rows = dict(model.named_parameters())
     for (key, row), without, with_decay in zip(rows.items(), *plain, strict=True):
         if "embedding_bags" in key:
@@ -52,6 +52,21 @@ def test_l2_acts_on_rows_as_the_gates_leave_them() -> None:
             share = ((with_decay - without) / row)[looked_up]
             counts = share / (2 * 2.0 * 0.25 / 9)
             torch.testing.assert_close(counts, counts[:, :1].round().expand_as(counts), rtol=1e-4, atol=1e-4)
+
+
+def test_l2_leaves_the_gradients_of_a_search_step_alone() -> None:
+    model, counts = task(PLAIN), {"t0": torch.ones(200), "t1": torch.ones(300)}
+    session = es.prepare(model, algorithm=es.Dnis(warm_up=0), budget="50%", frequencies=counts)
+    batches = [PLAIN.batch(9, seed=seed) for seed in range(2)]
+    session.attach(default_optimizer(PLAIN)(model.parameters()), batches)
+    session.step(batches[0])
+    leaves = [gates.clone().requires_grad_() for gates in session.gates]
+    _, expected = session.gate_gradients(batches[1], leaves, leaves)
+    with decayed(model, 100.0) as forward:
+        forward(batches[0])
+        _, found = session.gate_gradients(batches[1], leaves, leaves)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_an_epoch_counts_steps_of_weights_and_of_the_search(tmp_path: Path) -> None:

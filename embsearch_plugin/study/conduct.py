@@ -174,8 +174,9 @@ class Conductor:
 
     def _work(self, study: optuna.Study, objective: Objective, dense: Row, trials: int, plain_runs: float | None) -> None:
         """Take trials, one by one. Counting them and asking for the next is done by one process of the folder at a time."""
-        one = sum(epoch["steps"] for epoch in dense["stages"][DENSE])
-        limit = float("inf") if plain_runs is None else (plain_runs - 1) * one
+        limit = float("inf")
+        if plain_runs is not None:
+            limit = (plain_runs - 1) * sum(epoch["steps"] for epoch in dense["stages"][DENSE])
         while True:
             with ExitStack() as claim, ExitStack() as life:
                 claim.enter_context(locked(self.folder))

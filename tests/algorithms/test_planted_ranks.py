@@ -57,11 +57,11 @@ def searched(data: PlantedDataset, seed: int, epochs: int = EPOCHS) -> es.SizePl
     optimizer = torch.optim.Adam(model.parameters(), lr=train.lr)
     session.attach(optimizer, data.batches("validation", train.batch_size, seed=seed))
     batches = data.batches("train", train.batch_size, seed=seed)
-    with decayed(model, train.l2):
+    with decayed(model, train.l2) as forward:
         for _ in range(epochs):
             for batch in batches:
                 optimizer.zero_grad()
-                loss, _ = model(batch)
+                loss, _ = forward(batch)
                 loss.backward()
                 optimizer.step()
     return session.derive()

@@ -237,6 +237,17 @@ def test_dlrm_is_torchrecs() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_dlrm_trains_under_autocast_as_torchrecs() -> None:
+    model, batch = build(Dlrm(DIM), CLICK), batch_of(schema_of(CLICK), 40)
+    gradients = []
+    for each in (model, plain_dlrm(model)):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, _ = each(batch)
+        gradients.append(torch.autograd.grad(loss, list(each.parameters())))
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0.1, atol=0.02)
+
+
 def test_products_of_pairs_can_be_differentiated_twice() -> None:
     arch = Dlrm(DIM).build(schema_of(CLICK)).model.inter_arch
     dense, sparse = torch.randn(3, 2, dtype=torch.float64), torch.randn(3, 4, 2, dtype=torch.float64)
