@@ -25,6 +25,7 @@ from embsearch_plugin.errors import StudyError
 from embsearch_plugin.files import write_json
 from embsearch_plugin.progress import ProgressWatcher
 from embsearch_plugin.recipes import Recipe, load_recipe
+from embsearch_plugin.report.numbers import UNDEFINED, measure
 from embsearch_plugin.study.conduct import Conductor
 from embsearch_plugin.study.config import BYTES
 from embsearch_plugin.study.front import hypervolume
@@ -36,6 +37,7 @@ from embsearch_plugin.training import Watcher
 
 MOST = 50  # trials per plain training run: in a small space those that were made before cost nothing, and would never end
 CLOSE = 0.001
+SHARES = (0.05, 0.1, 0.25, 0.5)  # of the dense model's bytes, that the table has columns for
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,11 @@ class Outcome:
     def bytes_needed(self) -> float | None:
         """The fewest bytes within 0.001 of the dense model's metric; None where no model is."""
         return min((size for quality, size in self.points if quality >= self.dense[0] - CLOSE), default=None)
+
+    def within(self, share: float) -> float | None:
+        """The metric of the largest model within a share of the dense model's bytes: the best of them on validation."""
+        fitting = [(size, quality) for quality, size in self.points if size <= share * self.dense[1]]
+        return max(fitting)[1] if fitting else None
 
 
 def outcome(recipe: Recipe, folder: Path, plain_runs: float, watcher: Watcher) -> Outcome:
@@ -97,11 +104,26 @@ def compared(ours: Outcome, theirs: Outcome) -> dict[str, Any]:
         "hypervolumes": volumes,
         "ratio": volumes[0] / volumes[1] if volumes[1] else None,
         "bytes_needed": [each.bytes_needed for each in (ours, theirs)],
+        "within": {f"{share:.0%}": [each.within(share) for each in (ours, theirs)] for share in SHARES},
         "trials": [each.trials for each in (ours, theirs)],
         "plain_runs_by_time": [each.plain_runs for each in (ours, theirs)],
         "fronts": [sorted(each.points, key=lambda point: point[1]) for each in (ours, theirs)],
         "dense": ours.dense,
     }
+
+
+def table(found: list[dict[str, Any]], names: list[str]) -> str:
+    """Return a row per seed and study, as Markdown."""
+    head = ["seed", "study", "trials", "plain trainings, by time", "hypervolume", *found[0]["within"], "bytes needed", "dense"]
+    rows = [head, ["---"] * len(head)]
+    for each in found:
+        for n, name in enumerate(names):
+            needed = each["bytes_needed"][n]
+            metrics = [UNDEFINED if pair[n] is None else measure(pair[n]) for pair in each["within"].values()]
+            counts = [str(each["trials"][n]), f"{each['plain_runs_by_time'][n]:.1f}", f"{each['hypervolumes'][n]:.6g}"]
+            last = [UNDEFINED if needed is None else human_bytes(int(needed)), measure(each["dense"][0])]
+            rows.append([str(each["seed"]), name, *counts, *metrics, *last])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def summary(found: list[dict[str, Any]]) -> str:
@@ -142,6 +164,7 @@ def main(recipes: tuple[Path, Path], overrides: tuple[str, ...], plain_runs: flo
             ]
             found.append({"seed": seed, **compared(*both)})
             write_json(out / "compare.json", {"recipes": [str(path) for path in recipes], "seeds": found})
+    console.print(table(found, [path.stem for path in recipes]), highlight=False, markup=False, soft_wrap=True)
     console.print(summary(found), highlight=False, markup=False, soft_wrap=True)
 
 

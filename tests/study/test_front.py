@@ -38,6 +38,7 @@ def test_the_knee_is_nearest_to_the_best_of_everything() -> None:
 
 def test_two_studies_are_compared_by_their_fronts() -> None:
     ours = Outcome([(0.8, 50.0), (0.7, 10.0)], (0.8, 100.0), 4, 2.9)
+    assert [ours.within(share) for share in (0.05, 0.1, 0.4, 0.5)] == [None, 0.7, 0.7, 0.8]
     theirs = Outcome([(0.75, 50.0), (0.6, 10.0)], (0.8, 100.0), 5, 3.1)
     found = compared(ours, theirs)
     assert found["hypervolumes"] == pytest.approx([0.2 * 50 + 0.1 * 40, 0.15 * 50])

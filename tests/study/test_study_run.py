@@ -309,7 +309,7 @@ def test_studies_are_compared_by_one_command(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "out" / "compare.json").read_text())["seeds"][0]
     assert found["seed"] == 0 and len(found["fronts"]) == 2
-    assert "Hypervolume, first to second" in result.output
+    assert "Hypervolume, first to second" in result.output and "| 0 | theirs |" in result.output
 
 
 @pytest.mark.parametrize(
