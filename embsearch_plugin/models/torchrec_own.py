@@ -66,14 +66,15 @@ class _SymmetricInteractionArch(InteractionArch):
 
     def __init__(self, num_sparse_features: int) -> None:
         super().__init__(num_sparse_features)
-        one, other = self.triu_indices
-        width = num_sparse_features + 1
-        self.register_buffer("one_by_other", one * width + other, persistent=False)
-        self.register_buffer("other_by_one", other * width + one, persistent=False)
+        (one, other), rows = self.triu_indices, num_sparse_features + 1
+        pair_of = torch.full((rows, rows), len(one))  # a row with itself is no pair
+        pair_of[one, other] = pair_of[other, one] = torch.arange(len(one))
+        self.register_buffer("place_of", one * rows + other, persistent=False)
+        self.register_buffer("pair_of", pair_of.flatten(), persistent=False)
 
     def forward(self, dense_features: Tensor, sparse_features: Tensor) -> Tensor:
         rows = torch.cat((dense_features.unsqueeze(1), sparse_features), dim=1)
-        return torch.cat((dense_features, _PairProducts.apply(rows, self.one_by_other, self.other_by_one)), dim=1)
+        return torch.cat((dense_features, _PairProducts.apply(rows, self.place_of, self.pair_of)), dim=1)
 
 
 class _PairProducts(torch.autograd.Function):
@@ -81,21 +82,22 @@ class _PairProducts(torch.autograd.Function):
 
     All products P = X X^T of an example take two matrix products in the backward. But P is symmetric, and so may the gradient
     be that comes for its upper half: (G + G^T) X is one. Written in operations that can be differentiated again.
+
+    ``place_of`` is the place of each pair in P, flattened (pairs,); ``pair_of`` the pair of each place (R x R,), or the number
+    of pairs on the diagonal.
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, one_by_other: Tensor, other_by_one: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, one_by_other, other_by_one)
-        products = torch.bmm(rows, rows.transpose(1, 2)).flatten(1)
-        return products.gather(1, one_by_other.expand(len(rows), -1))
+    def forward(ctx: Any, rows: Tensor, place_of: Tensor, pair_of: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, pair_of)
+        return torch.bmm(rows, rows.transpose(1, 2)).flatten(1).index_select(1, place_of)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        rows, one_by_other, other_by_one = ctx.saved_tensors
-        both = torch.cat((one_by_other, other_by_one)).expand(len(rows), -1)
-        twice = gradient.to(rows.dtype).repeat(1, 2)  # under autocast the products are of another type than rows
-        whole = twice.new_zeros(len(rows), rows.shape[1] ** 2).scatter(1, both, twice)
-        return torch.bmm(whole.view(-1, rows.shape[1], rows.shape[1]), rows), None, None
+        rows, pair_of = ctx.saved_tensors
+        padded = F.pad(gradient.to(rows.dtype), (0, 1))  # under autocast the products are of another type than rows
+        whole = padded.index_select(1, pair_of).view(-1, rows.shape[1], rows.shape[1])
+        return torch.bmm(whole, rows), None, None
 
 
 @dataclass(frozen=True)
