@@ -48,6 +48,10 @@ FEW_ALLOCATIONS = {
         "{name: magnitude, rounds: 2, warm_up: 5, every: 5}, {name: magnitude, fine_grained: true}]",
     ],
     "ncf_nis": ["search.baselines=[{name: nis, mode: se, warm_up: 5, quality: recall@1}, uniform]"],
+    "rating_all": [
+        "search.baselines=[{name: grid, dims: [2, 4]}, {name: random, by: block, draws: 2}, "
+        "{name: mde, temperatures: [0.4], block_counts: [2]}]",
+    ],
     "spectral": ["search.algorithm.rivals=[1]"],
 }
 """Overrides for recipes of many trainings, by the end of their name."""
