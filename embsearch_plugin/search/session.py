@@ -387,6 +387,8 @@ class Session:
     def derive(self, budget: Budget | str | None = None, *, strict: bool = True) -> SizePlan:
         """Turn what was learned so far into a plan; changes nothing, and may be called again with other budgets.
 
+        An algorithm that needs the trained model only, as ``spectral`` does, need not have seen a search step.
+
         Args:
             budget: the ceiling; by default the session's.
             strict: keep the budget, to the byte. Otherwise the paper's own rule decides, and the size is what it gives.
@@ -396,6 +398,9 @@ class Session:
             BudgetError: where no plan fits.
         """
         self._tables.check_dtypes()
+        only_trained = self.config.starts_from == "dense" and not self.config.trains
+        if not self.search_steps and only_trained and self._validation is not None:
+            self._search_step(self._validation.next)
         if not self.search_steps:
             raise SessionError(
                 f"derive needs at least one search step; {self.step_count} weight steps were taken, and the warm-up takes "

@@ -221,3 +221,27 @@ def test_it_needs_validation_batches() -> None:
     session.step(PLAIN.batch())
     with pytest.raises(es.EmbsearchError, match="spectral needs validation batches here: attach"):
         session.derive()
+
+
+def test_a_trained_model_is_made_smaller_without_a_search_step() -> None:
+    trained, _, _ = searched(PLAIN, steps=20, algorithm=es.Spectral())
+    batches = [PLAIN.batch(seed=i) for i in range(3)]
+    model = Task(PLAIN.collection(), 16)
+    session = es.prepare(model, algorithm="spectral", budget="40%", frequencies=batches)
+    model.load_state_dict(trained.state_dict())
+    session.attach(torch.optim.Adam(model.parameters()), validation=batches)
+    plan = session.derive()
+    assert session.step_count == 0
+    by_hand = es.prepare(Task(PLAIN.collection(), 16), algorithm="spectral", budget="40%", frequencies=batches)
+    by_hand.model.load_state_dict(trained.state_dict())
+    by_hand.attach([], validation=batches)
+    by_hand.step(batches[0])
+    assert plan.to_json() == by_hand.derive().to_json()
+    assert sum(p.nbytes for p in session.compact(plan).collection.parameters()) <= plan.size_bytes
+
+
+def test_where_nothing_was_trained_or_counted_there_is_no_plan() -> None:
+    session = es.prepare(Task(PLAIN.collection(), 16), algorithm="spectral")
+    session.attach([], validation=[PLAIN.batch()])
+    with pytest.raises(es.EmbsearchError, match="no id was counted yet"):
+        session.derive()
