@@ -39,7 +39,7 @@ def prepare(
 def prepare(
     model: nn.Module,
     *,
-    algorithm: str | SearchConfig = "dnis",
+    algorithm: str | SearchConfig = "spectral",
     budget: Budget | str | None = None,
     space: SearchSpace | None = None,
     objective: Objective = train_task,
@@ -52,7 +52,7 @@ def prepare(
 def prepare(
     model: nn.Module,
     *,
-    algorithm: str | AlgorithmConfig = "dnis",
+    algorithm: str | AlgorithmConfig = "spectral",
     budget: Budget | str | None = None,
     space: SearchSpace | None = None,
     objective: Objective = train_task,
@@ -64,7 +64,8 @@ def prepare(
 
     Args:
         model: any module that holds a TorchRec EmbeddingBagCollection; its inputs and outputs stay the same.
-        algorithm: a name, or a config object such as ``es.Dnis(lr=0.005)``.
+        algorithm: a name, or a config object such as ``es.Dnis(lr=0.005)``; by default :class:`es.Spectral
+            <embsearch_plugin.algorithms.spectral.Spectral>`, which won most comparisons (docs/results.md).
         budget: ``"10%"`` of the original tables' weight bytes, ``es.Budget(bytes="2GiB")``, or ``es.Budget(params=n)``; by
             default 10 %. For a stream it is a cap on the bytes that are held, and there is none by default.
         space: how rows and columns are cut; by default as suits the algorithm.
@@ -128,7 +129,7 @@ def searchable(**options: Any) -> Callable[[T], T]:
 
     Example::
 
-        @es.searchable(algorithm="dnis", budget="10%")
+        @es.searchable(budget="10%")
         def build_model():
             return DLRMTrain(DLRM(...))
     """

@@ -240,6 +240,7 @@ def test_a_compact_model_has_no_session() -> None:
     model = build()
     session = es.session(model)
     optimizer = torch.optim.Adam(model.parameters())
+    session.attach(optimizer, validation=[PLAIN.batch(seed=1)])
     train(model, optimizer, [PLAIN.batch()])
     session.step(PLAIN.batch(seed=1))
     session.compact(session.derive())
