@@ -387,7 +387,8 @@ class Session:
     def derive(self, budget: Budget | str | None = None, *, strict: bool = True) -> SizePlan:
         """Turn what was learned so far into a plan; changes nothing, and may be called again with other budgets.
 
-        An algorithm that needs the trained model only, as ``spectral`` does, need not have seen a search step.
+        An algorithm for which one search step says it all (``spectral``, one-shot ``magnitude``, sizes that are known before
+        any training) takes it here, where none was taken yet.
 
         Args:
             budget: the ceiling; by default the session's.
@@ -398,8 +399,7 @@ class Session:
             BudgetError: where no plan fits.
         """
         self._tables.check_dtypes()
-        only_trained = self.config.starts_from == "dense" and not self.config.trains
-        if not self.search_steps and only_trained and self._validation is not None:
+        if not self.search_steps and not self.config.trains and self._validation is not None:
             self._search_step(self._validation.next)
         if not self.search_steps:
             raise SessionError(

@@ -156,9 +156,9 @@ def resume(algorithm: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("algorithm", SEARCHES)
-def test_derive_before_any_search_step_is_an_error_but_where_a_trained_model_says_it_all(algorithm: str) -> None:
+def test_derive_before_any_search_step_is_an_error_but_where_one_step_says_it_all(algorithm: str) -> None:
     _, session, _ = run(algorithm, steps=1)
-    if session.config.starts_from == "dense" and not session.config.trains:
+    if not session.config.trains:
         assert session.derive().size_bytes <= session.budget.limit(session.original_bytes)
         return
     with pytest.raises(es.EmbsearchError, match="needs at least one search step; 1 weight steps"):
