@@ -128,16 +128,21 @@ def add_beside(optimizer: Optimizer, known: nn.Parameter, new: Sequence[nn.Param
     group = next((g for g in optimizer.param_groups if any(p is known for p in g["params"])), None)
     if group is None:
         return False
-    group["params"] += new
-    if "param_names" in group:
-        group["param_names"] += [f"embsearch#{len(group['param_names']) + number}" for number in range(len(new))]
+    join(group, new)
     return True
 
 
 def add_to_any(optimizers: Sequence[Optimizer], known: nn.Parameter, new: Sequence[nn.Parameter]) -> None:
-    """Put new parameters beside ``known``; where none of the optimizers holds it, into a group of the first one's."""
+    """Put new parameters beside ``known``; where none of the optimizers holds it, into the first group of the first one."""
     if not any(add_beside(optimizer, known, new) for optimizer in optimizers):
-        optimizers[0].add_param_group({"params": list(new)})
+        join(optimizers[0].param_groups[0], new)
+
+
+def join(group: dict[str, Any], new: Sequence[nn.Parameter]) -> None:
+    """Put new parameters into a group that is there: schedulers know no groups but those that were there before them."""
+    group["params"] += new
+    if "param_names" in group:
+        group["param_names"] += [f"embsearch#{len(group['param_names']) + number}" for number in range(len(new))]
 
 
 def takers_of_dense(optimizers: Sequence[Optimizer]) -> list[Optimizer]:

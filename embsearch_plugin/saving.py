@@ -19,7 +19,8 @@ PLAN, WEIGHTS = "plan.json", "model.safetensors"
 def apply(model: nn.Module, plan: SizePlan) -> nn.Module:
     """Rewrite a model that is not searched, in place, with tables as ``plan`` wants them; return it.
 
-    The kept weights are the model's own: a fresh model stays fresh, a trained one is pruned in one shot.
+    The kept weights are the model's own: a fresh model stays fresh, a trained one is pruned in one shot. Where the plan has a
+    projection, that starts as the identity: the searched model's own basis is what :meth:`Session.compact` knows, not a plan.
 
     Raises:
         PlanError: where the plan is for another model.

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import accumulate, pairwise
 from math import isclose
-from numbers import Integral
+from numbers import Integral, Real
 from operator import index
-from typing import Literal
+from typing import Literal, TypeGuard
 
 import torch
 from torch import Tensor
@@ -72,15 +72,21 @@ class SearchSpace:
 
     def __post_init__(self) -> None:
         shares = self.shares
-        if not shares or min(shares) <= 0 or not isclose(sum(shares), 1.0, abs_tol=1e-6):
+        if not shares or not min(shares) > 0 or not isclose(sum(shares), 1.0, abs_tol=1e-6):
             raise SpaceError(
                 f"row_blocks must be a positive number of blocks, or positive shares that sum to 1; got {self.row_blocks!r} "
                 f"(sum {sum(shares):g}). Try 6, or (0.1, 0.2, 0.7)."
             )
+        if self.column_chunks is not None and not (_is_count(self.column_chunks) or _numbers(self.column_chunks)):
+            raise SpaceError(
+                f"column_chunks must be a positive number of chunks, widths or shares; got {self.column_chunks!r}."
+            )
         if self.scope not in ("table", "global"):
             raise SpaceError(f"scope must be 'table' or 'global'; got {self.scope!r}.")
-        if self.align < 1 or self.min_block_rows < 1:
-            raise SpaceError(f"align and min_block_rows must be at least 1; got {self.align} and {self.min_block_rows}.")
+        if not _is_count(self.align) or not _is_count(self.min_block_rows):
+            raise SpaceError(
+                f"align and min_block_rows must be at least 1, and whole; got {self.align!r} and {self.min_block_rows!r}."
+            )
         if self.scope == "global" and self.groups:
             raise SpaceError("groups must be empty where scope is 'global', which cuts the rows of all tables in one list.")
         for group in self.groups:
@@ -114,9 +120,9 @@ class SearchSpace:
     @property
     def shares(self) -> tuple[float, ...]:
         """The blocks' shares of the rows."""
-        if isinstance(self.row_blocks, Sequence):
-            return tuple(self.row_blocks)
-        return (1 / self.row_blocks,) * self.row_blocks if _is_count(self.row_blocks) else ()
+        if _is_count(self.row_blocks):
+            return (1 / index(self.row_blocks),) * index(self.row_blocks)
+        return _numbers(self.row_blocks)
 
     def cut_rows(self, rows: int) -> tuple[int, ...]:
         """Cut ``rows`` ranked rows into blocks; return their sizes (S,), which sum to ``rows``."""
@@ -158,8 +164,14 @@ class SearchSpace:
         return (0, *accumulate(self.chunk_widths(dim)))
 
 
-def _is_count(value: object) -> bool:
+def _is_count(value: object) -> TypeGuard[int]:
     return not isinstance(value, bool) and isinstance(value, Integral) and int(value) > 0
+
+
+def _numbers(value: object) -> tuple[float, ...]:
+    """Return a sequence of numbers as a tuple; an empty one where it is something else."""
+    given = tuple(value) if isinstance(value, Sequence) else ()
+    return given if all(isinstance(number, Real) for number in given) else ()
 
 
 def _whole(width: object) -> int:

@@ -90,8 +90,11 @@ def test_an_error_shows_the_sum() -> None:
     ("options", "message"),
     [
         ({"scope": "model"}, "scope must be 'table' or 'global'; got 'model'"),
-        ({"align": 0}, "align and min_block_rows must be at least 1; got 0 and 16"),
-        ({"min_block_rows": 0}, "align and min_block_rows must be at least 1; got 4 and 0"),
+        ({"align": 0}, "align and min_block_rows must be at least 1, and whole; got 0 and 16"),
+        ({"min_block_rows": 0}, "align and min_block_rows must be at least 1, and whole; got 4 and 0"),
+        ({"align": 2.5}, "got 2.5 and 16"),
+        ({"align": "4"}, "got '4' and 16"),
+        ({"row_blocks": "6"}, "row_blocks must be a positive number of blocks, or positive shares that sum to 1; got '6'"),
     ],
 )
 def test_other_settings_that_make_no_sense(options: dict[str, Any], message: str) -> None:
@@ -150,7 +153,8 @@ def test_default_chunks_are_aligned_and_the_largest_is_half(dim: int, align: int
         (2.0, "got 2.0"),
         ((4, 8), r"must be positive and sum to the table's dim 16; got \(4, 8\) \(sum 12\)"),
         ((20, -4), r"must be positive and sum to the table's dim 16; got \(20, -4\)"),
-        ((), r"got \(\) \(sum 0\)"),
+        ((), r"a positive number of chunks, widths or shares; got \(\)"),
+        ("4", "a positive number of chunks, widths or shares; got '4'"),
         ((4.5, 11.5), "widths in columns, or shares that sum to 1; got 4.5"),
         ((-0.5, 1.5), "shares of columns must be positive"),
         ((6, 10), r"must be multiples of align=4; got \(6, 10\)"),

@@ -66,6 +66,16 @@ class Dnis(SearchConfig):
     patience: int = 10
     window: int = 100
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.lr > 0 or not self.xi >= 0 or not self.threshold >= 0 or not self.epsilon > 0:  # nor may they be NaN
+            raise ValueError(
+                "lr and epsilon must be above 0, xi and threshold at least 0; got "
+                f"{self.lr}, {self.epsilon}, {self.xi} and {self.threshold}"
+            )
+        if self.patience < 1 or self.window < 1:
+            raise ValueError(f"patience and window must be at least 1; got {self.patience} and {self.window}")
+
     @property
     def cuts_columns(self) -> bool:
         """Single weights stand in no chunks."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.algorithms.parts.fixed import Dims, FixedAllocation, WholeTableConfig
-from embsearch_plugin.algorithms.uniform import largest_dim, same_dim
+from embsearch_plugin.algorithms.uniform import aligned, largest_dim, same_dim
 from embsearch_plugin.budget import Budget, human_bytes
 from embsearch_plugin.errors import BudgetError, SpaceError, did_you_mean
 from embsearch_plugin.hookspecs import hookimpl
@@ -23,8 +23,9 @@ class Given(WholeTableConfig):
     """Settings of given dims.
 
     Args:
-        dims: the dim of each table, by its name; 0 leaves it out, and one that is not named keeps its own. What is wider than
-            its table is as wide as that. With none, the largest uniform dim that fits.
+        dims: the dim of each table, by its name, or by its name with the collection's path before it; 0 leaves it out, and one
+            that is not named keeps its own. What is wider than its table is as wide as that. With none, the largest uniform dim
+            that fits.
     """
 
     name: ClassVar[str] = "given"
@@ -32,8 +33,8 @@ class Given(WholeTableConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if any(dim < 0 for dim in self.dims.values()):
-            raise ValueError(f"dims must be at least 0; got {dict(self.dims)}")
+        if any(type(dim) is not int or dim < 0 for dim in self.dims.values()):
+            raise ValueError(f"dims must be at least 0, and whole numbers; got {dict(self.dims)}")
 
     def build(self) -> "GivenDims":
         """Return the algorithm of one session."""
@@ -54,7 +55,7 @@ class GivenDims(FixedAllocation):
             BudgetError: where the budget does not hold them.
         """
         if not self.config.dims:
-            return same_dim(session.tables, largest_dim(session.specs, budget, session.space.align))
+            return same_dim(session, largest_dim(session.specs, budget, session.space.align))
         chosen = self._widths(session)
         weights = sum(spec.rows * dim for spec, dim in zip(session.specs, chosen, strict=True))
         size = sum(spec.rows * dim * spec.dtype.itemsize for spec, dim in zip(session.specs, chosen, strict=True))
@@ -63,14 +64,12 @@ class GivenDims(FixedAllocation):
         return [(dim,) * len(table.blocks.sizes) for dim, table in zip(chosen, session.tables, strict=True)]
 
     def _widths(self, session: "Session") -> list[int]:
-        names, align, given = [spec.name for spec in session.specs], session.space.align, self.config.dims
-        unknown = next((name for name in given if name not in names), None)
+        names, given = [[spec.name, str(spec)] for spec in session.specs], self.config.dims
+        unknown = next((name for name in given if not any(name in both for both in names)), None)
         if unknown is not None:
-            raise SpaceError(f"dims must be of tables of the model; there is no {unknown!r}.{did_you_mean(unknown, names)}")
-        chosen = [min(given.get(spec.name, spec.dim), spec.dim) for spec in session.specs]
-        if any(dim % align and dim != spec.dim for dim, spec in zip(chosen, session.specs, strict=True)):
-            raise SpaceError(f"dims must be multiples of align={align}; got {dict(given)}.")
-        return chosen
+            known = [path for _, path in names]
+            raise SpaceError(f"dims must be of tables of the model; there is no {unknown!r}.{did_you_mean(unknown, known)}")
+        return aligned(session, [given.get(str(spec), given.get(spec.name, spec.dim)) for spec in session.specs])
 
 
 @hookimpl

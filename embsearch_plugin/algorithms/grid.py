@@ -74,7 +74,7 @@ class GridSearch(FixedAllocation):
 
     def dims(self, session: "Session", budget: Budget) -> Dims:
         """Return the largest dim of the grid within the budget."""
-        return same_dim(session.tables, self.config.fitting(session.specs, budget)[-1])
+        return same_dim(session, self.config.fitting(session.specs, budget)[-1])
 
 
 @hookimpl

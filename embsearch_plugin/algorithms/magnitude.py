@@ -49,6 +49,8 @@ class Magnitude(SearchConfig):
         super().__post_init__()
         if self.rounds < 1 or (self.rounds > 1 and self.fine_grained):
             raise ValueError(f"rounds must be at least 1, and 1 where fine_grained; got {self.rounds}")
+        if not self.threshold >= 0:
+            raise ValueError(f"threshold must be at least 0; got {self.threshold}")
 
     @property
     def cuts_rows(self) -> bool:

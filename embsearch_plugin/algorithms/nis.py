@@ -49,7 +49,7 @@ from embsearch_plugin.algorithms.parts.scoring import losses
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import Table
 from embsearch_plugin.compact.fold import Fold
-from embsearch_plugin.errors import NonFiniteLoss, QualityError, SessionError
+from embsearch_plugin.errors import NonFiniteLoss, QualityError
 from embsearch_plugin.hookspecs import hookimpl
 from embsearch_plugin.plan import SizePlan, TablePlan
 from embsearch_plugin.ranges import Range, Ranges
@@ -113,9 +113,10 @@ class Nis(SearchConfig):
     def space(self, given: SearchSpace | None) -> SearchSpace:
         """Return five equal row blocks by four equal column chunks (4.1.3), where the user asked for nothing else.
 
-        Fewer, where a table is too small for the space's ``min_block_rows`` or too narrow for its ``align``.
+        Fewer, where a table is too small for the space's ``min_block_rows`` or too narrow for its ``align``; chunks that are
+        not quite equal, where its width cannot be cut into four.
         """
-        return given or SearchSpace(row_blocks=(0.2,) * 5, column_chunks=4)
+        return given or SearchSpace(row_blocks=(0.2,) * 5, column_chunks=(0.25,) * 4)
 
     def form(self, table: Table, space: SearchSpace) -> Form:
         """Return the chunks' projections, one below the other."""
@@ -231,7 +232,6 @@ class NisSearch:
     def state_dict(self) -> dict[str, Any]:
         """Return the controller, its generator, and what was seen of the batches."""
         return {
-            "mode": self.config.mode,
             "controller": None if self.controller is None else self.controller.state_dict(),
             "generator": self.generator.get_state(),
             "groups": self.groups,
@@ -239,13 +239,7 @@ class NisSearch:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state``.
-
-        Raises:
-            SessionError: where it is of the other mode.
-        """
-        if state["mode"] != self.config.mode:
-            raise SessionError(f"this state is of a search with mode={state['mode']!r}; this one has {self.config.mode!r}.")
+        """Go on from ``state``."""
         controller = state["controller"]
         self.controller = None if controller is None else Controller.from_state(controller, self.config.lr)
         self.generator.set_state(state["generator"].cpu())
@@ -253,12 +247,13 @@ class NisSearch:
 
 
 def _fold(form: Form, plan: TablePlan) -> Fold:
-    """Return the projection's rows in the order of the plan's columns; without one, it is multiplied into the table's rows."""
+    """Return the projection's rows in the order of the plan's columns; without one, it is multiplied into the table's rows.
+
+    A plan that keeps columns without a projection, as those of other algorithms do, means columns of what is projected.
+    """
     assert isinstance(form, Projection)
-    projection = form.weight.detach()
-    if not plan.projection:
-        return Fold(rotation=projection)
-    return Fold(projection=projection[list(plan.columns or range(plan.table.dim))])
+    projection, columns = form.weight.detach(), list(plan.columns or range(plan.table.dim))
+    return Fold(projection=projection[columns]) if plan.projection else Fold(rotation=projection[:, columns])
 
 
 @hookimpl

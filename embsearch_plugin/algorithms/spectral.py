@@ -25,6 +25,7 @@ and the same rank for all its rows.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -38,10 +39,13 @@ from embsearch_plugin.algorithms.uniform import Uniform, fitting_dims
 from embsearch_plugin.budget import Budget, Option, TableOptions, allocate_among
 from embsearch_plugin.collection import Table
 from embsearch_plugin.compact.fold import UNFOLDED, Fold
+from embsearch_plugin.errors import AttachError
 from embsearch_plugin.hookspecs import hookimpl
 from embsearch_plugin.plan import SizePlan, TablePlan, placement_bytes, projected_column_bytes, remap_bytes
 from embsearch_plugin.ranges import Range, Ranges
+from embsearch_plugin.search.validation import NO_EXAMPLES
 from embsearch_plugin.space import SearchSpace
+from embsearch_plugin.supernet.searchable import TooSmallBatch
 
 if TYPE_CHECKING:
     from embsearch_plugin.search.session import Session
@@ -157,11 +161,14 @@ def _fisher(session: "Session", batches: int) -> list[Tensor]:
     sums = [torch.zeros(spec.dim, spec.dim, dtype=torch.float64, device=device) for spec in session.specs]
     examples = torch.zeros((), dtype=torch.float64, device=device)
     for batch in session.validation_batches(batches):
-        gradients, size = session.row_gradients(batch)
-        examples += size
-        for of_table, rows in zip(sums, gradients, strict=True):
-            of_table.addmm_(rows.double().t(), rows.double())
+        with suppress(TooSmallBatch):  # one without examples says nothing
+            gradients, size = session.row_gradients(batch)
+            examples += size
+            for of_table, rows in zip(sums, gradients, strict=True):
+                of_table.addmm_(rows.double().t(), rows.double())
     *means, seen = distributed.mean([*sums, examples])
+    if not seen:
+        raise AttachError(NO_EXAMPLES)
     return [(mean / seen).cpu() for mean in means]
 
 

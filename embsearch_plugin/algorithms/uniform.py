@@ -12,12 +12,11 @@ from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.algorithms.parts.fixed import Dims, FixedAllocation, WholeTableConfig
 from embsearch_plugin.budget import Budget, human_bytes
 from embsearch_plugin.collection import Table
-from embsearch_plugin.errors import BudgetError
+from embsearch_plugin.errors import BudgetError, SpaceError
 from embsearch_plugin.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from embsearch_plugin.search.session import Session
-    from embsearch_plugin.search.tables import SearchTable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,17 +53,42 @@ class UniformSearch(FixedAllocation):
         self.config = config
 
     def dims(self, session: "Session", budget: Budget) -> Dims:
-        """Return the dim that was asked for, or the largest that fits."""
+        """Return the dim that was asked for, or the largest that fits.
+
+        Raises:
+            BudgetError, SpaceError: where it does not fit the budget, or the space's ``align``.
+        """
         if self.config.dim is None:
-            return same_dim(session.tables, largest_dim(session.specs, budget, session.space.align))
+            return same_dim(session, largest_dim(session.specs, budget, session.space.align))
         if not fitting_dims(session.specs, budget, [self.config.dim]):
             raise BudgetError(does_not_fit(session.specs, budget, self.config.dim, "leave out dim, for the largest that fits"))
-        return same_dim(session.tables, self.config.dim)
+        return same_dim(session, self.config.dim)
 
 
-def same_dim(tables: Sequence["SearchTable"], dim: int) -> Dims:
-    """Return one dim for all row blocks, cut off at the width of their table."""
-    return [(min(dim, table.spec.dim),) * len(table.blocks.sizes) for table in tables]
+def same_dim(session: "Session", dim: int) -> Dims:
+    """Return one dim for all row blocks, cut off at the width of their table.
+
+    Raises:
+        SpaceError: where it is no multiple of the space's ``align``.
+    """
+    widths = aligned(session, [dim] * len(session.specs))
+    return [(width,) * len(table.blocks.sizes) for table, width in zip(session.tables, widths, strict=True)]
+
+
+def aligned(session: "Session", dims: Sequence[int]) -> list[int]:
+    """Return a dim for each table, cut off at its width.
+
+    Raises:
+        SpaceError: where one is neither a multiple of the space's ``align`` nor the table's width: it could not be stored.
+    """
+    widths = [min(dim, spec.dim) for dim, spec in zip(dims, session.specs, strict=True)]
+    for width, spec in zip(widths, session.specs, strict=True):
+        if width % session.space.align and width != spec.dim:
+            raise SpaceError(
+                f"dims must be multiples of align={session.space.align}; got {width} for table {str(spec)!r}.\n"
+                "  Possible solutions: 1) another dim  2) space=es.SearchSpace(align=1), where no fused kernel needs more."
+            )
+    return widths
 
 
 def largest_dim(specs: Sequence[Table], budget: Budget, align: int) -> int:

@@ -35,6 +35,10 @@ class Ranking:
         self._next = 0
         if given is None:
             self._start_counting()
+        elif isinstance(given, Mapping):
+            self._checked(given)
+        elif not isinstance(given, Iterable):
+            raise SessionError(f"frequencies must be counts by table name, or batches to count; got {given!r}.")
 
     def rank(self, step: int) -> None:
         """Rank and cut for the first time, or again when it is time."""
@@ -75,9 +79,13 @@ class Ranking:
         counts = []
         for spec in self._tables.specs:
             count = given.get(str(spec), given.get(spec.name))
-            if count is None or count.shape != (spec.rows,):
-                got = "none" if count is None else f"shape {tuple(count.shape)}"
-                raise SessionError(f"frequencies must hold counts of shape ({spec.rows},) for table {spec.name!r}; got {got}.")
+            if not isinstance(count, Tensor) or count.shape != (spec.rows,):
+                got = f"shape {tuple(count.shape)}" if isinstance(count, Tensor) else f"a {type(count).__name__}"
+                raise SessionError(
+                    f"frequencies must hold a tensor of counts, of shape ({spec.rows},), for table {spec.name!r}; got {got}."
+                )
+            if not bool((count >= 0).all()):  # NaN is not, either
+                raise SessionError(f"frequencies must be at least 0; some of table {spec.name!r} are not.")
             counts.append(count.cpu())
         return counts
 

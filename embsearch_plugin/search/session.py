@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import partial
 from typing import Any, cast
 
@@ -21,7 +22,7 @@ from embsearch_plugin.compact.fold import UNFOLDED, Fold
 from embsearch_plugin.compact.rewrite import rewrite
 from embsearch_plugin.errors import AttachError, NonFiniteLoss, ObjectiveError, PlanError, SessionError
 from embsearch_plugin.hookspecs import PROJECT, SessionHooks
-from embsearch_plugin.optimizers import add_to_any, check_hook_fires, takers_of_dense
+from embsearch_plugin.optimizers import add_to_any, check_hook_fires, join, takers_of_dense
 from embsearch_plugin.plan import SizePlan, mismatch
 from embsearch_plugin.plugins import manager
 from embsearch_plugin.randomness import private_random
@@ -36,6 +37,7 @@ from embsearch_plugin.supernet.searchable import TooSmallBatch
 
 log = logging.getLogger(__name__)
 ATTRIBUTE = "_embsearch_session"  # where a model keeps its session
+SEARCHED_BY = "_embsearch_searched_by"  # and where its collections do
 
 
 class Session:
@@ -74,11 +76,15 @@ class Session:
             self._searched = SearchedTables(model, self.space, fused, form, folds_gates=algorithm.folds_gates)
         self._ranking = Ranking(self._tables, self.space, frequencies, self._run_to_count)
         model.__dict__[ATTRIBUTE] = self
-        self._pre_hook = model.register_forward_pre_hook(_before_forward, with_kwargs=True)
+        self._pre_hooks = [model.register_forward_pre_hook(_before_forward, with_kwargs=True)]
+        for supernet in self._searched.supernets:
+            supernet.__dict__[SEARCHED_BY] = self
+            self._pre_hooks.append(supernet.register_forward_pre_hook(_before_lookup))
         self._optimizers: list[Optimizer] = []
         self._step_hooks: list[Any] = []
         self._stepped: set[int] = set()
         self._forwards = 0  # training forwards up to the last step
+        self._announced = False  # whether plugins were told of a weight forward since the last step
         self._validation: ValidationStream | None = None
         self._training: ValidationStream | None = None
         self._train_batch: Any = None
@@ -210,7 +216,8 @@ class Session:
         if all(gradient is None for gradient in found):
             raise ObjectiveError(
                 "the loss must depend on the tables' gates, and it does not.\n  Possible solutions: 1) do not detach it, nor "
-                "compute it under no_grad  2) checkpoint with use_reentrant=False  3) an objective that runs the tables."
+                "compute it under no_grad or inference_mode  2) checkpoint with use_reentrant=False  3) an objective that "
+                "runs the tables."
             )
         gradients = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
         if not all(bool(gradient.isfinite().all()) for gradient in gradients):
@@ -262,7 +269,7 @@ class Session:
         for original, table in tables:
             add_to_any(self._optimizers, original, [table])
         if forms:
-            dense[0].add_param_group({"params": forms})
+            join(dense[0].param_groups[0], forms)
         if tables or forms:
             added = len(tables) + len(forms)
             log.info("the optimizer was made before the search: %d parameters of the search were added to it", added)
@@ -297,7 +304,7 @@ class Session:
         if len(self._stepped) < len(self._optimizers) or forwards == self._forwards:
             return
         self._stepped.clear()
-        self._forwards = forwards
+        self._forwards, self._announced = forwards, False
         self.step_count += 1
         since = self.step_count - self.config.warm_up
         if since >= 0 and since % self.config.every == 0:
@@ -344,11 +351,22 @@ class Session:
 
     def _weight_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The model is about to be run by its owner."""
-        if self._inside:
-            return
-        if self.model.training and torch.is_grad_enabled():
+        if not self._inside and self.model.training and torch.is_grad_enabled():
             self._train_batch = args[0] if len(args) == 1 and not kwargs else None
-            self._plugins.hook.embsearch_before_forward(session=self, step=self.step_count)
+            self._announce()
+
+    def _weight_lookup(self, supernet: nn.Module) -> None:
+        """A collection is about to be run: the model's owner may call a part of the model, and not the model itself.
+
+        Then the first lookup of each step counts as the model's forward: others may belong to it, or repeat a part of it for a
+        checkpoint.
+        """
+        if not self._announced and not self._inside and supernet.training and torch.is_grad_enabled():
+            self._announce()
+
+    def _announce(self) -> None:
+        self._announced = True
+        self._plugins.hook.embsearch_before_forward(session=self, step=self.step_count)
 
     @contextmanager
     def _own_forward(self) -> Iterator[None]:
@@ -367,7 +385,7 @@ class Session:
             self._inside = False
 
     def _run_to_count(self, batch: Any) -> None:
-        with self._own_forward():
+        with evaluating(self.model), self._own_forward():  # batch norm refuses a single example while it trains
             outcome_of(self._objective, self.model, move(batch, self._tables.device))
 
     def _second_order(self, batch: Any, gates: Sequence[Tensor], xi: float) -> Outcome:
@@ -392,15 +410,17 @@ class Session:
 
         Args:
             budget: the ceiling; by default the session's.
-            strict: keep the budget, to the byte. Otherwise the paper's own rule decides, and the size is what it gives.
+            strict: keep the budget, to the byte. Otherwise the paper's own rule decides, and the size is what it gives; then no
+                budget is taken.
 
         Raises:
-            SessionError: before the first search step.
+            SessionError: before the first search step, and for a budget that would not be kept.
             BudgetError: where no plan fits.
         """
         self._tables.check_dtypes()
-        if not self.search_steps and not self.config.trains and self._validation is not None:
-            self._search_step(self._validation.next)
+        if budget is not None and not strict:
+            raise SessionError(f"derive(strict=False) keeps no budget; leave out {budget!r}, or strict=False.")
+        self._take_only_step()
         if not self.search_steps:
             raise SessionError(
                 f"derive needs at least one search step; {self.step_count} weight steps were taken, and the warm-up takes "
@@ -414,8 +434,15 @@ class Session:
             self._plugins.hook.embsearch_plan_changed(session=self, step=self.step_count, previous=previous, current=plan)
         return plan
 
+    def _take_only_step(self) -> None:
+        """Take the search step of an algorithm for which one says it all, where none was taken yet."""
+        if not self.search_steps and not self.config.trains and self._validation is not None:
+            self._search_step(self._validation.next)
+
     def folds(self, plan: SizePlan) -> Sequence[Fold]:
         """Return, per table, what the columns that ``plan`` stores are in the searched model, and what follows them."""
+        if any(table.projection for table in plan.tables):  # which is made of what was learned
+            self._take_only_step()
         folds: Sequence[Fold] | None = self._plugins.hook.embsearch_fold(session=self, plan=plan)
         return [UNFOLDED] * len(plan.tables) if folds is None else folds
 
@@ -461,7 +488,8 @@ class Session:
     def _leave(self) -> None:
         """Remove what is left of the search in the model, and let go of the old tables."""
         self.detach()
-        self._pre_hook.remove()
+        for handle in self._pre_hooks:
+            handle.remove()
         self.model.__dict__.pop(ATTRIBUTE, None)
         self._searched = self._train_batch = self._validation = self._training = None
         self._optimizers = []
@@ -498,11 +526,14 @@ class Session:
         """Go on from ``state``; call after ``attach``, so that the validation loader takes up its place.
 
         Raises:
-            SessionError: where the state is of a search on another model, or by another algorithm.
+            SessionError: where the state is of a search on another model, by another algorithm, or with other settings; nothing
+                is changed then.
         """
-        if state.get("for") != self._fingerprint():
+        there, here = state.get("for", []), self._fingerprint()
+        if there != here:
+            theirs, ours = ([part for part in one if part not in other] for one, other in ((there, here), (here, there)))
             raise SessionError(
-                f"this state is of a search by {state.get('for', ['?'])[0]!r} on other tables or in another space.\n"
+                f"this state is of another search: there {', '.join(theirs[:3])}; here {', '.join(ours[:3])}.\n"
                 "  Possible solution: prepare the model as it was prepared when the state was saved."
             )
         self._tables.load_kernel_states(state["kernels"])
@@ -517,7 +548,11 @@ class Session:
             self._validation.load_state_dict(state["validation"])
 
     def _fingerprint(self) -> list[str]:
-        return [self.config.name, repr(self.space), *(f"{s} {s.rows} x {s.dim} {s.dtype}" for s in self.specs)]
+        """Say what is searched, how and where: a state fits only the same."""
+        values = {f.name: getattr(self.config, f.name) for f in fields(self.config)}
+        settings = [f"{name}={getattr(value, '__qualname__', repr(value))}" for name, value in values.items()]  # of functions
+        tables = [f"{spec} {spec.rows} x {spec.dim} {spec.dtype}" for spec in self.specs]
+        return [self.config.name, *settings, repr(self.space), *tables]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A session belongs to one model; a copy of the model has none."""
@@ -553,6 +588,13 @@ def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     session = model.__dict__.get(ATTRIBUTE)
     if session is not None:
         session._weight_forward(args, kwargs)
+
+
+def _before_lookup(supernet: nn.Module, args: tuple[Any, ...]) -> None:
+    """Tell a collection's session, if it has one, as above."""
+    session = supernet.__dict__.get(SEARCHED_BY)
+    if session is not None:
+        session._weight_lookup(supernet)
 
 
 def _not_finite(what: str, value: float, step: int) -> str:

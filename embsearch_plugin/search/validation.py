@@ -14,6 +14,11 @@ _EMPTY = (
     "  Possible solutions: 1) drop_last=False  2) a smaller batch size  3) a larger validation split."
 )
 
+NO_EXAMPLES = (
+    "the first validation batches hold no examples; the search needs some.\n"
+    "  Possible solution: a loader that gives no empty batches."
+)
+
 
 class ValidationStream:
     """Cycles over a loader.

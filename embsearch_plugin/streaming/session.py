@@ -17,7 +17,7 @@ from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import FoundCollection, Table
 from embsearch_plugin.compact.collection import CompactEmbeddingBagCollection
 from embsearch_plugin.errors import AttachError, PlanError, SessionError, UnsupportedCollection
-from embsearch_plugin.optimizers import check_hook_fires
+from embsearch_plugin.optimizers import check_hook_fires, join
 from embsearch_plugin.plan import SizePlan
 from embsearch_plugin.plugins import find_collections
 from embsearch_plugin.randomness import private_random
@@ -193,7 +193,7 @@ class StreamSession:
             self._past = ValidationStream(validation, self.seed)
         added = [p for table in self.tables for p in table.form.parameters() if id(p) not in held]
         if added:
-            optimizers[0].add_param_group({"params": added})
+            join(optimizers[0].param_groups[0], added)
         self._steps = [optimizers[-1].register_step_post_hook(self._after_optimizer_step)]
 
     def detach(self) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingBagCollectionInterface
-from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from embsearch_plugin import distributed
 from embsearch_plugin.autocast import Autocast
@@ -370,7 +370,8 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
                 gated = looked_up
             else:
                 gated = looked_up * self._used[slot.table].index_select(0, self._blocks_of(slot, ids).long())
-            pooled.append(_pool(gated, bags[slot.feature], slot.mean))
+            weights = bags[slot.feature].weights_or_none() if self.is_weighted() else None
+            pooled.append(_pool(gated, bags[slot.feature].lengths().long(), weights, slot.mean))
         return torch.cat(pooled, dim=1)
 
     def _check(self, features: KeyedJaggedTensor) -> None:
@@ -414,10 +415,8 @@ def _steps_kept(inner: nn.Module) -> Iterator[None]:
             kernel.iter_cpu.copy_(steps_cpu)
 
 
-def _pool(rows: Tensor, bag: JaggedTensor, mean: bool) -> Tensor:
-    """Pool rows (n, D) into bags (B, D) with operations that can be differentiated twice."""
-    lengths = bag.lengths().long()
-    weights = bag.weights_or_none()
+def _pool(rows: Tensor, lengths: Tensor, weights: Tensor | None, mean: bool) -> Tensor:
+    """Pool rows (n, D), weighed, into bags (B, D) with operations that can be differentiated twice."""
     rows = rows if weights is None else rows * weights[:, None]
     of_bag = torch.repeat_interleave(torch.arange(lengths.numel(), device=rows.device), lengths)
     pooled = rows.new_zeros(lengths.numel(), rows.shape[1]).index_add(0, of_bag, rows)

@@ -1,5 +1,7 @@
 """The baselines: uniform dims and magnitude pruning."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -61,7 +63,7 @@ def test_given_dims_are_those_that_are_given() -> None:
     ("dims", "budget", "error", "message"),
     [
         ({"t0": 8}, "10%", BudgetError, "the given dims do not fit 10%: they need"),
-        ({"t9": 8}, "100%", SpaceError, "there is no 't9'. Available: t0, t1"),
+        ({"t9": 8}, "100%", SpaceError, "there is no 't9'. Available: collection.t0, collection.t1"),
         ({"t0": 3}, "100%", SpaceError, "multiples of align=4"),
     ],
 )
@@ -188,3 +190,30 @@ def test_a_fine_grained_plan_is_the_pruned_model_and_trains_on(world: str) -> No
     error = relative_error(model.collection(features).values(), pruned(features).values())
     assert error <= (1e-3 if world == "half" else 1e-5)
     assert all(torch.isfinite(torch.tensor(loss)) for loss in train(model, optimizer, [WORLDS[world].batch(seed=1)]))
+
+
+@pytest.mark.parametrize("algorithm", [es.Uniform(dim=3), es.Grid(dims=(3, 6))])
+def test_dims_that_cannot_be_stored_are_refused(algorithm: Any) -> None:
+    with pytest.raises(SpaceError, match="dims must be multiples of align=4; got"):
+        searched(PLAIN, algorithm=algorithm, budget="100%")
+    assert searched(PLAIN, algorithm=algorithm, budget="100%", space=es.SearchSpace(align=1))[1].derive().size_bytes > 0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("algorithm", [es.Magnitude(warm_up=2, fine_grained=True), es.Dnis(warm_up=2, fine_grained=True)])
+def test_single_weights_of_diverged_tables_are_not_pruned(algorithm: Any, bad: float) -> None:
+    model, session, _ = searched(PLAIN, algorithm=algorithm)
+    with torch.no_grad():
+        next(model.collection.parameters())[3, 1] = bad
+    for strict in (True, False):
+        with pytest.raises(es.EmbsearchError, match="must be finite numbers; those of 'collection.t0' are not"):
+            session.derive(strict=strict)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"lr": 0.0}, {"lr": float("nan")}, {"xi": -1.0}, {"threshold": -0.1}, {"epsilon": 0.0}, {"patience": 0}, {"window": 0}],
+)
+def test_settings_of_dnis_that_make_no_sense(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"must be .* got .*{next(iter(settings.values()))}"):
+        es.Dnis(**settings)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from support import PLAIN, WORLDS, Task, relative_error, searched, stored_bytes, task, train
 from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import embsearch_plugin as es
 from embsearch_plugin import distributed
@@ -111,6 +112,23 @@ def test_the_second_order_term_matters() -> None:
     first = session.gate_gradients(PLAIN.batch(seed=5), gates, gates)[1]
     second = session.gate_gradients(PLAIN.batch(seed=5), gates, gates, xi=5.0)[1]
     assert max(relative_error(a, b) for a, b in zip(first, second, strict=True)) > 0.05
+
+
+def test_the_second_order_term_ignores_weights_that_the_collection_ignores() -> None:
+    """One batch may serve collections with and without weights."""
+    model, session, _ = searched(WORLDS["bags"], algorithm=es.Dnis(warm_up=2))
+    smooth(model)
+    gates = [gate.clone().requires_grad_() for gate in session.gates]
+    batch, train_batch = WORLDS["bags"].batch(seed=5), WORLDS["bags"].batch(seed=6)
+    found = []
+    for weight in (None, 5.0):
+        for one in (batch, train_batch):
+            bags = one.sparse_features
+            weights = None if weight is None else torch.full((len(bags.values()),), weight)
+            one.sparse_features = KeyedJaggedTensor(bags.keys(), bags.values(), weights, lengths=bags.lengths())
+        model(train_batch)
+        found.append(session.gate_gradients(batch, gates, gates, xi=0.5)[1])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("budget", ["70%", "35%"])

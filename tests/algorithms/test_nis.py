@@ -17,6 +17,7 @@ from embsearch_plugin.algorithms.parts.block_choices import BlockChoices
 from embsearch_plugin.algorithms.parts.embedding_blocks import EmbeddingBlocks, menu
 from embsearch_plugin.collection import Table
 from embsearch_plugin.files import read_state, write_state
+from embsearch_plugin.plan import TablePlan
 from embsearch_plugin.search.session import Session
 
 SPACE = es.SearchSpace(row_blocks=(0.1, 0.3, 0.6), column_chunks=(4, 4))
@@ -253,8 +254,10 @@ def test_a_search_goes_on_where_it_stopped(mode: str, tmp_path: Path) -> None:
 def test_a_state_of_the_other_mode_is_refused() -> None:
     _, session, _ = nis(mode="se")
     _, other, _ = nis(mode="me")
-    with pytest.raises(es.EmbsearchError, match="with mode='se'; this one has 'me'"):
+    before = other.state_dict()
+    with pytest.raises(es.EmbsearchError, match="of another search: there mode='se'; here mode='me'"):
         other.load_state_dict(session.state_dict())
+    assert (other.step_count, other.search_steps) == (before["step_count"], before["search_steps"])
 
 
 def test_logits_and_labels_of_other_examples_are_refused() -> None:
@@ -370,3 +373,27 @@ def test_an_optimizer_made_before_the_search_trains_the_projections() -> None:
     assert all(not torch.equal(session.form(t).weight, torch.eye(8)) for t in range(2))
     model = session.compact(session.derive("80%"))
     assert all(math.isfinite(loss) for loss in train(model, optimizer, (PLAIN.batch(seed=i) for i in range(3))))
+
+
+def test_columns_of_a_plan_without_a_projection_are_those_of_what_is_projected() -> None:
+    """Another algorithm's plan: some columns of some row blocks, not the first ones."""
+    _, session, _ = nis(steps=20)
+    columns = [4, 1, 6, 5, 2, 0, 7, 3]
+    rows = [[table.blocks.rows_of(block) for block in range(3)] for table in session.tables]
+    plans = [TablePlan.nested(spec, [6, 3, 0], of, columns) for spec, of in zip(session.specs, rows, strict=True)]
+    plan = es.SizePlan(tuple(plans), align=1)
+    merged = [session.merged_weight(index) @ session.form(index).weight.detach() for index in range(len(plan.tables))]
+    fresh = task(PLAIN)
+    with torch.no_grad():
+        for weight, value in zip(fresh.collection.parameters(), merged, strict=True):
+            weight.copy_(value)
+    expected = es.apply(fresh, plan).collection(PLAIN.features(64, 3)).values()
+    got = session.compact(plan).collection(PLAIN.features(64, 3)).values()
+    assert relative_error(got, expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("dim", "widths"), [(1, (1,)), (3, (3,)), (6, (4, 2)), (10, (4, 4, 2)), (20, (4, 4, 8, 4)), (64, (16,) * 4)]
+)
+def test_tables_of_any_width_are_cut_by_default(dim: int, widths: tuple[int, ...]) -> None:
+    assert es.Nis().space(None).chunk_widths(dim) == widths

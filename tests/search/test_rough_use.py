@@ -5,12 +5,13 @@ import gc
 import io
 import logging
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
-from support import PLAIN, WORLDS, Task, searched, stored_bytes, task, train
+from support import PLAIN, WORLDS, Task, dlrm, searched, stored_bytes, task, train
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
@@ -200,7 +201,7 @@ def test_state_of_another_search_is_refused_and_nothing_changes() -> None:
     _, session, _ = searched(PLAIN)
     _, other, _ = searched(WORLDS["unequal dims"])
     before = (other.step_count, [gate.clone() for gate in other.gates])
-    with pytest.raises(SessionError, match="this state is of a search by 'dnis' on other tables"):
+    with pytest.raises(SessionError, match="this state is of another search: there "):
         other.load_state_dict(session.state_dict())
     assert other.step_count == before[0]
     assert all(torch.equal(a, b) for a, b in zip(before[1], other.gates, strict=True))
@@ -456,3 +457,119 @@ def test_column_chunks_that_do_not_add_up_are_named_before_anything_is_trained()
     with pytest.raises(SpaceError, match=r"sum to the table's dim 8; got \(4, 2\)"):
         es.prepare(task(PLAIN), space=es.SearchSpace(column_chunks=(4, 2)))
     es.prepare(task(PLAIN), algorithm=FORMED["sam"], space=es.SearchSpace(column_chunks=(4, 2)))  # a dim is the whole table's
+
+
+@pytest.mark.parametrize("algorithm", [es.Nis(warm_up=2, group=8), es.Sam(candidates=(4, 8)), es.AutoDim(candidates=(4, 8))])
+def test_a_loop_that_calls_a_part_of_the_model_searches_too(algorithm: Any) -> None:
+    model = dlrm()
+    session = es.prepare(model, algorithm=algorithm, budget="50%")
+    told: list[int] = []
+    session.register(ForwardsSeen(told))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    session.attach(optimizer, validation=[PLAIN.batch(seed=900)])
+    for seed in range(12):
+        batch = PLAIN.batch(seed=seed)
+        optimizer.zero_grad()
+        logits = model.model(batch.dense_features, batch.sparse_features).squeeze(-1)
+        nn.functional.binary_cross_entropy_with_logits(logits, batch.labels).backward()
+        optimizer.step()
+    assert told == list(range(12))
+    if isinstance(algorithm, es.Sam):
+        assert bool(session.algorithm.vectors.abs().sum() > 0)
+
+
+class ForwardsSeen:
+    """An observer of weight forwards."""
+
+    def __init__(self, steps: list[int]) -> None:
+        self.steps = steps
+
+    @es.hookimpl
+    def embsearch_before_forward(self, step: int) -> None:
+        self.steps.append(step)
+
+
+@pytest.mark.parametrize(
+    "algorithm", ["spectral", es.Nis(warm_up=2, group=8), es.AutoDim(candidates=(4, 8), transform="linear", every=2)]
+)
+def test_schedulers_that_were_made_before_the_search_go_on(algorithm: Any) -> None:
+    model = task(PLAIN)
+    for bag in model.collection.embedding_bags.values():
+        bag.sparse = True
+    dense = torch.optim.SGD(model.over.parameters(), lr=0.01, momentum=0.9)
+    schedulers = [
+        torch.optim.lr_scheduler.LambdaLR(dense, lambda step: 0.9**step),
+        torch.optim.lr_scheduler.OneCycleLR(dense, 0.1, total_steps=40),
+    ]
+    session = es.prepare(model, algorithm=algorithm, budget="70%")
+    sparse = torch.optim.SparseAdam([p for p in model.collection.parameters() if len(p) > 16], lr=0.01)
+    session.attach([sparse, dense], validation=[PLAIN.batch(seed=900)])
+
+    def fit(seeds: range) -> None:
+        for seed in seeds:
+            sparse.zero_grad()
+            dense.zero_grad()
+            model(PLAIN.batch(seed=seed))[0].backward()
+            sparse.step()
+            dense.step()
+            for scheduler in schedulers:
+                scheduler.step()
+
+    fit(range(6))
+    session.compact(session.derive())
+    fit(range(6, 9))
+    assert len(dense.param_groups) == 1
+
+
+def test_a_state_of_other_settings_is_refused() -> None:
+    _, session, _ = searched(PLAIN, algorithm=es.AutoDim(candidates=(1, 4, 8)))
+    _, other, _ = searched(PLAIN, algorithm=es.AutoDim(candidates=(2, 4, 8)), steps=3)
+    with pytest.raises(SessionError, match=r"there candidates=\(1, 4, 8\); here candidates=\(2, 4, 8\)"):
+        other.load_state_dict(session.state_dict())
+    assert other.step_count == 3
+
+
+def test_a_plan_from_a_file_is_compacted_by_a_new_session(tmp_path: Path) -> None:
+    batches = [PLAIN.batch(seed=i) for i in range(3)]
+    trained, _, _ = searched(PLAIN, steps=20, algorithm=es.Spectral())
+    outputs = []
+    for derives in (True, False):
+        model = Task(PLAIN.collection(), 16)
+        session = es.prepare(model, algorithm="spectral", budget="40%", frequencies=batches)
+        model.load_state_dict(trained.state_dict())
+        session.attach([], validation=batches)
+        if derives:
+            session.derive().save(tmp_path / "plan.json")
+        session.compact(SizePlan.load(tmp_path / "plan.json"))
+        outputs.append(model.eval()(PLAIN.batch(seed=7))[1][1])
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("algorithm", ["spectral", es.Nis(warm_up=2, group=8), es.AutoDim(candidates=(4, 8))])
+def test_validation_batches_without_examples_are_passed_over(algorithm: Any) -> None:
+    model = task(PLAIN)
+    session = es.prepare(model, algorithm=algorithm, budget="70%")
+    optimizer = torch.optim.Adam(model.parameters())
+    empty, some = PLAIN.batch(0), PLAIN.batch(seed=900)
+    session.attach(optimizer, validation=[empty, some])
+    train(model, optimizer, (PLAIN.batch(seed=i) for i in range(60)))
+    plan = session.derive()
+    session._validation.loader = [some]
+    assert session.derive().to_json() == plan.to_json()
+    session._validation.loader = [empty]
+    with pytest.raises(AttachError, match="the first validation batches hold no examples"):
+        session.derive()
+
+
+def test_ids_are_counted_in_a_batch_of_one_example() -> None:
+    model = task(PLAIN)
+    assert any(isinstance(module, nn.BatchNorm1d) for module in model.modules())
+    session = es.prepare(model, budget="50%", frequencies=[PLAIN.batch(32), PLAIN.batch(1)])
+    session.attach([], validation=[PLAIN.batch(seed=1)])
+    assert session.derive().size_bytes <= session.original_bytes / 2
+
+
+def test_a_budget_that_would_not_be_kept_is_refused() -> None:
+    _, session, _ = searched(PLAIN)
+    with pytest.raises(SessionError, match=r"derive\(strict=False\) keeps no budget; leave out '10%'"):
+        session.derive("10%", strict=False)

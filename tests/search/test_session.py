@@ -209,9 +209,15 @@ def test_frequencies_may_be_given(form: str) -> None:
 
 
 def test_wrong_frequencies_are_named() -> None:
-    session = es.prepare(task(PLAIN), frequencies={"t0": torch.ones(200)})
-    with pytest.raises(SessionError, match=r"counts of shape \(300,\) for table 't1'; got none"):
-        session.step(PLAIN.batch())
+    counts = {"t0": torch.ones(200), "t1": torch.ones(300)}
+    for wrong, message in (
+        ({"t0": counts["t0"]}, r"of shape \(300,\), for table 't1'; got a NoneType"),
+        (counts | {"t1": [1] * 300}, "for table 't1'; got a list"),
+        (counts | {"t0": torch.full((200,), torch.nan)}, "at least 0; some of table 't0' are not"),
+        (5, "counts by table name, or batches to count; got 5"),
+    ):
+        with pytest.raises(SessionError, match=message):
+            es.prepare(task(PLAIN), frequencies=wrong)
 
 
 def test_ranks_are_refreshed_when_the_steps_have_doubled() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from embsearch_plugin.budget import Budget, Option, TableOptions, allocate, human_bytes
-from embsearch_plugin.errors import BudgetError
+from embsearch_plugin.errors import AllocationError, BudgetError
 from embsearch_plugin.plan import SizePlan, TablePlan, fine_index_bytes, placement_bytes, remap_bytes
 from embsearch_plugin.space import SearchSpace
 
@@ -113,7 +113,18 @@ class _Pairs:
 
 
 def prune_weights(session: "Session", budget: Budget | None, threshold: float) -> SizePlan:
-    """Keep the weights whose merged value reaches one threshold over all tables (Eq. 9)."""
+    """Keep the weights whose merged value reaches one threshold over all tables (Eq. 9).
+
+    Raises:
+        AllocationError: where a weight is not a finite number: no threshold would say what to keep.
+        BudgetError: where no plan fits.
+    """
+    for table, magnitudes in zip(session.tables, _magnitudes(session), strict=True):
+        if not bool(magnitudes.isfinite().all()):
+            raise AllocationError(
+                f"the weights of a table must be finite numbers; those of {str(table.spec)!r} are not.\n"
+                "  Possible solution: look for NaN or infinity in the tables' weights; the training may have diverged."
+            )
     if budget is not None:
         threshold = _bisect(session, budget)
     plans = []

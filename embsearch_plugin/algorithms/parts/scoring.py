@@ -2,14 +2,17 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from embsearch_plugin import distributed
-from embsearch_plugin.errors import NonFiniteLoss
+from embsearch_plugin.errors import AttachError, NonFiniteLoss
 from embsearch_plugin.search.objective import evaluating
+from embsearch_plugin.search.validation import NO_EXAMPLES
+from embsearch_plugin.supernet.searchable import TooSmallBatch
 
 if TYPE_CHECKING:
     from embsearch_plugin.search.session import Session
@@ -30,14 +33,16 @@ def losses(
         batches: how many of the loader's first batches are used, at most.
 
     Raises:
-        SessionError, AttachError: where there is no batch.
+        SessionError, AttachError: where there is no batch, or none has examples.
         NonFiniteLoss: where a loss is no number.
     """
     totals, examples = torch.zeros(len(alternatives), dtype=torch.float64), 0
     for batch in session.validation_batches(batches):
-        with evaluating(session.model):
+        with evaluating(session.model), suppress(TooSmallBatch):  # one without examples says nothing
             each, size = _losses_on(session, batch, reference, alternatives)
             totals, examples = totals + each * size, examples + size
+    if not examples:
+        raise AttachError(NO_EXAMPLES)
     found: list[float] = distributed.mean([(totals / examples).to(reference[0].device)])[0].tolist()
     if not all(map(math.isfinite, found)):
         raise NonFiniteLoss("candidates are scored by validation losses, and some are no numbers. Look for NaN in the data.")
