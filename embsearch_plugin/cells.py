@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sized
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from math import ceil
+from math import ceil, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from embsearch_plugin.evaluation import evaluate
 from embsearch_plugin.files import locked, read_json, read_state, write_json, write_state
 from embsearch_plugin.fused import FusedEmbeddingBags
 from embsearch_plugin.hookspecs import hookimpl
+from embsearch_plugin.machine import clock
 from embsearch_plugin.plan import SizePlan
 from embsearch_plugin.plugins import find_collections
 from embsearch_plugin.recipes import OPTIMIZERS, Fused, Recipe, Train, settings
@@ -122,10 +123,11 @@ class Cells:
         return row | self._named(place)  # an allocation that several methods and budgets share is recorded once
 
     def test(self, row: Row) -> Score:
-        """Return how good a finished cell's model is on the test split. Nothing else reads that split."""
+        """Return how good a finished cell's model is on the test split; None for what is no number. Nothing else reads that."""
         folder = self.root / row["folder"]
         if not (folder / TEST).exists():
-            write_json(folder / TEST, self._evaluate(self.model(row), "test"))
+            score = self._evaluate(self.model(row), "test")
+            write_json(folder / TEST, {name: v if v is not None and isfinite(v) else None for name, v in score.items()})
         return read_json(folder / TEST)
 
     def model(self, row: Row) -> nn.Module:
@@ -181,6 +183,7 @@ class Cells:
         optimizer = self._optimizer(model)
         session = self._session(model, optimizer, config, place.budget or "")
         course |= self._search(session, model, optimizer, place)
+        started = clock()
         if not (folder / PLAN).exists():  # a run that is resumed goes on with the plan it had
             session.derive().save(folder / PLAN)
         plan = SizePlan.load(folder / PLAN)
@@ -190,11 +193,12 @@ class Cells:
             optimizer = self._optimizer(model)
         else:
             session.compact(plan)
+        rewriting = clock() - started
         limits = _limits(config, course, self._train, self.data.batches("train", self._train.batch_size))
         stage = self._stage(name, model, optimizer, folder, str(place), **limits)
         converge(stage, self.watcher)
         save(model, plan, folder)
-        return self._row(place, model, plan.size_bytes, course | _course_of(stage))
+        return self._row(place, model, plan.size_bytes, course | _course_of(stage), rewriting)
 
     def _session(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: SearchConfig, budget: str) -> Session:
         """Prepare the model, with the trained dense weights where the method starts from them."""
@@ -312,8 +316,8 @@ class Cells:
 
     # Records.
 
-    def _row(self, place: Place, model: nn.Module, size: int, course: Stages) -> Row:
-        """Say what a model cost and how good it is on the validation split."""
+    def _row(self, place: Place, model: nn.Module, size: int, course: Stages, rewriting: float = 0.0) -> Row:
+        """Say what a model cost, its training and its rewriting, and how good it is on the validation split."""
         epochs = [row for trained in course.values() for row in trained.history[1:]]
         return self._named(place) | {
             "status": "done",
@@ -321,7 +325,7 @@ class Cells:
             "bytes": size,
             "params": sum(p.numel() for p in model.parameters()),
             "epochs": len(epochs),
-            "seconds": sum(row["seconds"] or 0.0 for row in epochs),
+            "seconds": sum(row["seconds"] or 0.0 for row in epochs) + rewriting,
             "validation": self._evaluate(model, "validation"),
             "stages": {name: trained.history for name, trained in course.items()},
             "capped": [name for name, trained in course.items() if trained.capped],

@@ -17,13 +17,18 @@ def clock() -> float:
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
+def clock_name() -> str:
+    """Return what :func:`clock` reads."""
+    return "CPU time of the process" if torch.get_num_threads() == 1 else "wall clock"
+
+
 def machine() -> dict[str, Any]:
     """Say what it runs on, as plain data."""
     return {
         "processor": _processor(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "clock": "CPU time of the process" if torch.get_num_threads() == 1 else "wall clock",
+        "clock": clock_name(),
         "platform": platform.platform(),
     }
 

@@ -31,7 +31,7 @@ from embsearch_plugin.collection import Table
 from embsearch_plugin.data.dataset import Dataset, Split
 from embsearch_plugin.errors import BudgetError, DataError, NonFiniteLoss, RunFolderError
 from embsearch_plugin.files import write_json, write_text
-from embsearch_plugin.machine import machine, versions
+from embsearch_plugin.machine import clock_name, machine, versions
 from embsearch_plugin.plan import SizePlan
 from embsearch_plugin.plugins import find_collections, manager
 from embsearch_plugin.randomness import private_random
@@ -269,23 +269,29 @@ def differing(there: str, here: str) -> str:
 
 @contextmanager
 def opened(recipe: object, folder: Path, data: Fingerprinted) -> Iterator[None]:
-    """Write down what is run, and on which data, and keep other processes out.
+    """Write down what is run, on which data and by which clock, and keep other processes out.
 
     Raises:
-        RunFolderError: where another process runs in the folder, or the data is not what it was.
+        RunFolderError: where another process runs in the folder, or data or clock are not what they were.
     """
-    written, fingerprint = folder / RECIPE, {"fingerprint": data.fingerprint()}
+    written, fingerprint, clock = folder / RECIPE, data.fingerprint(), clock_name()
     if not written.exists():
-        write_json(folder / DATA, fingerprint)
+        write_json(folder / DATA, {"fingerprint": fingerprint, "clock": clock})
         write_text(written, to_yaml(recipe))
     with written.open() as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go of when the process ends, however it does
         except BlockingIOError:
             raise RunFolderError(f"another process is running in {folder}; wait for it, or give another --out.") from None
-        if json.loads((folder / DATA).read_text(encoding="utf-8")) != fingerprint:
+        there = json.loads((folder / DATA).read_text(encoding="utf-8"))
+        if there["fingerprint"] != fingerprint:
             raise RunFolderError(
                 f"the data is not what it was when the run in {folder} began, so results could not be compared.\n"
                 "  Possible solution: give another --out, or put the data back."
+            )
+        if there.get("clock", clock) != clock:
+            raise RunFolderError(
+                f"the run in {folder} was timed by another clock, so times could not be compared; there {there['clock']}, here "
+                f"{clock}.\n  Possible solution: one thread (OMP_NUM_THREADS=1) where it had one, several where it had several."
             )
         yield

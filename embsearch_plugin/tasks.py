@@ -64,8 +64,8 @@ RANKING = (
 
 
 def _clicks(logits: Tensor, labels: Tensor) -> Score:
-    both = bool((labels == 0).any() and (labels == 1).any())
-    auc = float(binary_auroc(logits.sigmoid(), labels.long())) if both else None
+    both = bool((labels == 0).any() and (labels == 1).any()) and bool(logits.isfinite().all())
+    auc = float(binary_auroc(logits.double().sigmoid(), labels.long())) if both else None  # float32 ties large logits
     return {"auc": auc, "log_loss": float(F.binary_cross_entropy_with_logits(logits, labels))}
 
 

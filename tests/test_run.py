@@ -25,6 +25,7 @@ from embsearch_plugin.evaluation import evaluate
 from embsearch_plugin.models.fm import Fm
 from embsearch_plugin.models.neumf import NeuMf
 from embsearch_plugin.recipes import OPTIMIZERS, Fused, Recipe, Tune, load_recipe
+from embsearch_plugin.report.headline import headline
 from embsearch_plugin.report.text import results_markdown
 from embsearch_plugin.run import opened, run
 from embsearch_plugin.tasks import TASKS
@@ -285,7 +286,7 @@ def test_an_allocation_that_does_not_depend_on_the_budget_is_trained_once_for_al
 
 def test_a_grid_of_which_nothing_fits_is_infeasible(tmp_path: Path) -> None:
     search = {"algorithm": es.Grid(dims=(4, 8)), "baselines": (Uniform(dim=2), Uniform(dim=8)), "budgets": ("25%",)}
-    metrics = run(small(search, {"epochs": 1}), tmp_path)
+    metrics = run(small(search | {"space": es.SearchSpace(align=1)}, {"epochs": 1}), tmp_path)
     (grid,), (over,) = (by_place(metrics, method=method) for method in ("grid", "uniform (dim=8)"))
     assert grid["status"] == over["status"] == "infeasible"
     assert "smaller dims (the grid has [4, 8])" in grid["reason"] and "dim 8 needs" in over["reason"]
@@ -377,6 +378,29 @@ def test_a_run_goes_on_with_its_own_recipe_and_data_only_and_alone(tmp_path: Pat
     (tmp_path / "cells/data.json").write_text('{"fingerprint": "of other data"}')
     with pytest.raises(es.EmbsearchError, match="the data is not what it was"):
         run(recipe, tmp_path, resume=True)
+
+
+def test_a_run_goes_on_by_its_own_clock_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = small()
+    with opened(recipe, tmp_path, DATA.load()):
+        written = json.loads((tmp_path / "cells" / "data.json").read_text())
+    threads = 2 if written["clock"] == "CPU time of the process" else 1
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    with pytest.raises(es.EmbsearchError, match="timed by another clock"), opened(recipe, tmp_path, DATA.load()):
+        pass
+
+
+def test_a_test_score_that_is_no_number_is_undefined(tmp_path: Path) -> None:
+    class NanInTest(Planted):
+        def load(self) -> TabularDataset:
+            data = super().load()
+            data.dense[data.splits["test"][0]] = math.nan
+            return data
+
+    data = NanInTest(examples=4000, fields=4, rows=(60,), ranks=(2, 2, 1, 0), n_dense=3)
+    metrics = run(replace(small({"budgets": ("50%",), "baselines": ()}, {"epochs": 1}), data=data), tmp_path / "run")
+    assert all(cell["test"] == {"auc": None, "log_loss": None} for cell in metrics["cells"] if cell["chosen"])
+    assert "cannot be compared" in headline(metrics)
 
 
 def test_a_cell_that_was_deleted_is_trained_and_tested_anew(tmp_path: Path) -> None:

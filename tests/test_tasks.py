@@ -31,6 +31,14 @@ def test_clicks() -> None:
     assert CLICK.measure(logits, torch.ones(200))["auc"] is None
 
 
+def test_the_auc_of_clicks_does_not_change_when_all_logits_are_moved() -> None:
+    logits, labels = examples((2000,))
+    expected = CLICK.measure(logits, labels)["auc"]
+    assert CLICK.measure(logits + 18, labels)["auc"] == pytest.approx(expected, abs=1e-4)
+    logits[3] = math.nan
+    assert CLICK.measure(logits, labels)["auc"] is None
+
+
 def test_ratings() -> None:
     predicted, stars = torch.rand(50) * 5, torch.randint(1, 6, (50,)).float()
     errors = [float(p - s) for p, s in zip(predicted, stars, strict=True)]

@@ -64,17 +64,21 @@ class KkBox:
         records = records.filter(records["song"].is_in(features["song"].implode()))
         if records.is_empty():
             raise DataError(f"{self.path}: songs.csv must hold songs of train.csv, but has none. Try: files of one download.")
-        user, song = by_count(records["user"]), by_count(records["song"])
+        splits = random_split(len(records), self.split, self.seed)
+        in_train = pl.Series(np.zeros(len(records), np.int64))
+        in_train[splits["train"].numpy()] = 1  # other splits may not decide which rows count as frequent
+        user, song = (by_count(records[name], in_train, at_least=0) for name in ("user", "song"))
         user_ids, song_ids = encode(records["user"], user), encode(records["song"], song)
         features = features[np.argsort(encode(features["song"], song))]  # as the ids are
-        columns, bags = _encode_features(features, pl.Series(np.bincount(song_ids)))
+        heard = np.bincount(song_ids, weights=in_train.to_numpy()).astype(np.int64)  # per song
+        columns, bags = _encode_features(features, pl.Series(heard))
         item = (Field("song", len(song)), *columns)
         return TabularDataset(
             schema=Schema((Field("user", len(user)), *item), (), tuple(field.name for field in item)),
             dense=torch.empty(len(records), 0),
             ids=torch.from_numpy(np.column_stack([user_ids, *[song_ids] * (1 + len(bags))])),
             labels=torch.from_numpy(records["target"].to_numpy(writable=True)),
-            splits=random_split(len(records), self.split, self.seed),
+            splits=splits,
             bags=bags,
         )
 
@@ -111,7 +115,7 @@ def _read_songs(path: Path, songs: Numbering) -> pl.DataFrame:
 
 
 def _encode_features(features: pl.DataFrame, counts: pl.Series) -> tuple[list[Field], dict[str, Bags]]:
-    """Return a field for each feature, and its bag for each song; ``counts`` says how often the songs occur."""
+    """Return a field for each feature, and its bag for each song; ``counts`` says how often the songs occur in training."""
     fields: list[Field] = []
     bags: dict[str, Bags] = {}
     for feature, separators in SEPARATORS.items():

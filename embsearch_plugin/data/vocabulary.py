@@ -73,7 +73,7 @@ def encode_parts(texts: pl.Series, separators: str, counts: pl.Series) -> tuple[
     parts = pl.DataFrame({"bag": bag, "count": counts, "value": split}).explode("value")
     parts = parts.with_columns(pl.col("value").str.strip_chars()).filter(pl.col("value") != "")
     parts = parts.unique(["bag", "value"], maintain_order=True)
-    known = by_count(parts["value"], parts["count"])
+    known = by_count(parts["value"], parts["count"], at_least=0)
     lengths = np.bincount(parts["bag"], minlength=len(texts))
     offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]))
     return Bags(torch.tensor(encode(parts["value"], known)), offsets), max(len(known), 1)

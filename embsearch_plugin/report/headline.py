@@ -5,7 +5,7 @@ from typing import Any
 from embsearch_plugin.budget import human_bytes
 from embsearch_plugin.report.inputs import Budget, Metrics, checked
 from embsearch_plugin.report.numbers import DIGITS, Estimate, measure
-from embsearch_plugin.report.results import Result, common_metric, dense, results
+from embsearch_plugin.report.results import Result, common_metric, dense, results, same_seeds
 from embsearch_plugin.tasks import Metric, Task
 
 
@@ -23,7 +23,7 @@ def sentences(metrics: Metrics) -> list[str]:
 
     The best has the best mean over seeds of the task's first metric: of clicks the test AUC, or the log loss where an AUC is
     undefined. It wins if it leads every other by more than the larger of both spreads; those it does not lead by so much are
-    named beside it. The recipe's own algorithm is named in any case.
+    named beside it. The recipe's own algorithm is named in any case. Where some have lost seeds, nobody wins.
     """
     found = results(metrics)
     by_budget = [_sentence(metrics, budget, [r for r in found if r.budget == budget]) for budget in metrics.budgets]
@@ -39,10 +39,14 @@ def _sentence(metrics: Metrics, budget: Budget, found: list[Result]) -> str:
         names = _listed([result.method for result in tested])
         return f"At {budget.text}, {names} cannot be compared: no test metric is defined for all."
     missing = "".join(f"; {result.method} is {result.missing}" for result in found if result.missing)
+    if not same_seeds(tested):
+        reached = _listed([f"{r.title} {r.test(metric)} (seeds {', '.join(map(str, r.seeds))})" for r in tested])
+        return f"At {budget.text}, nobody wins, since not all have the same seeds: test {metric.name} of {reached}{missing}."
     over = "".join(
         f" But {result.method} is {human_bytes(result.excess)} over the budget." for result in tested if result.excess > 0
     )
-    return f"At {budget.text}, {_verdict(tested, metric, metrics.algorithm)}{missing}.{over}"
+    own = next((result.title for result in tested if result.method == metrics.algorithm), "")
+    return f"At {budget.text}, {_verdict(tested, metric, own)}{missing}.{over}"
 
 
 def _nothing(found: list[Result]) -> str:
@@ -53,17 +57,17 @@ def _nothing(found: list[Result]) -> str:
     return _listed([f"{result.method} is {result.missing}" for result in found])
 
 
-def _verdict(tested: list[Result], metric: Metric, algorithm: str) -> str:
-    """Compare the results at one budget, all of which are defined in ``metric``."""
+def _verdict(tested: list[Result], metric: Metric, own: str) -> str:
+    """Compare the results at one budget, all of which are defined in ``metric``; ``own`` is that of the recipe's algorithm."""
     ranked = sorted(
-        ((result.method, estimate) for result in tested if (estimate := result.test(metric))),
+        ((result.title, estimate) for result in tested if (estimate := result.test(metric))),
         key=lambda entry: (-metric.sign * entry[1].mean, entry[0]),
     )
     (best, leader), others = ranked[0], ranked[1:]
     rivals = [(name, other) for name, other in others if _within_spread(leader, other, metric)]
     behind = [(name, other) for name, other in others if (name, other) not in rivals]
     # Of those that are clearly behind: the runner-up if it is one, and the recipe's own algorithm.
-    named = [entry for entry in behind if entry[0] == algorithm or entry == others[0]]
+    named = [entry for entry in behind if entry[0] == own or entry == others[0]]
     trailing = _listed([f"{measure(_lead(leader, other, metric))} ahead of {name} ({other})" for name, other in named])
     figure = f"test {metric.name} {leader}"
     if rivals:

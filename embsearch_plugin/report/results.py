@@ -24,6 +24,18 @@ class Result:
         return [cell for cell in self.cells if cell.chosen]
 
     @property
+    def title(self) -> str:
+        """The method's name; where another algorithm made the model that it chose, with that: ``spectral (uniform, dim=2)``."""
+        allocation = self.chosen[0].allocation if self.chosen else ""
+        other = allocation and "=" not in allocation.split(", ")[0]
+        return f"{self.method} ({allocation})" if other else self.method
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds of the chosen cells, ascending."""
+        return sorted(cell.seed for cell in self.chosen)
+
+    @property
     def missing(self) -> str:
         """The word for why there is no result: ``infeasible``; empty if there is one."""
         if self.chosen:
@@ -94,6 +106,11 @@ def results(metrics: Metrics) -> list[Result]:
 def dense(found: Iterable[Result]) -> Result | None:
     """Return the reference, the model without a budget, if it has a result."""
     return next((result for result in found if result.budget is None and result.chosen), None)
+
+
+def same_seeds(found: Iterable[Result]) -> bool:
+    """Whether all results that exist are of the same seeds: means over others do not compare."""
+    return len({tuple(result.seeds) for result in found if result.chosen}) <= 1
 
 
 def common_metric(found: Iterable[Result], task: Task) -> Metric | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from embsearch_plugin.budget import human_bytes
 from embsearch_plugin.report.inputs import Cell, Metrics, Number
 from embsearch_plugin.report.numbers import UNDEFINED, Estimate, measure, percent, ratio
-from embsearch_plugin.report.results import Result, dense, results, trial_text
+from embsearch_plugin.report.results import Result, dense, results, same_seeds, trial_text
 from embsearch_plugin.tasks import Metric, Task
 
 
@@ -86,8 +86,13 @@ def _reason(cell: Cell) -> str:
 
 
 def _best(result: Result, found: Iterable[Result], task: Task) -> set[Metric]:
-    """Return the metrics in which no other method at the result's budget is better; none if there is no other."""
+    """Return the metrics in which no other method at the result's budget is better; none if there is no other.
+
+    Nor are there any where not all have the same seeds.
+    """
     rivals = [other for other in found if other.budget == result.budget and other is not result]
+    if not same_seeds([result, *rivals]):
+        return set()
     return {metric for metric in task.metrics if _leads(result.test(metric), metric, rivals)}
 
 

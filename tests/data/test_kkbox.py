@@ -67,7 +67,7 @@ def reference(folder: Path) -> tuple[list[float], dict[str, list[list[int]]], di
 
 
 def test_fields_labels_and_bags_are_those_of_the_files(tmp_path: Path) -> None:
-    data = KkBox(write(tmp_path)).load()
+    data = KkBox(write(tmp_path), split=(1.0, 0.0, 0.0)).load()
     rows = {field.name: (field.rows, field.multiple) for field in data.schema.fields}
     assert rows == {
         "user": (3, False),
@@ -90,7 +90,7 @@ def test_ids_equal_a_slow_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """Ids are told apart by how often they occur: the more frequent, the smaller; equal ids, equal values."""
     monkeypatch.setattr(csv_file, "BLOCK", 2000)
     write_sample(tmp_path, users=30, songs=25, records=600, seed=4)
-    data = KkBox(str(tmp_path)).load()
+    data = KkBox(str(tmp_path), split=(1.0, 0.0, 0.0)).load()
     labels, counts, sizes = reference(tmp_path)
     assert data.labels.tolist() == labels
     assert {field.name: field.rows for field in data.schema.fields} == sizes
@@ -103,6 +103,21 @@ def test_ids_equal_a_slow_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         by_id = [count_of[i] for i in range(sizes[field])]
         assert by_id == sorted(by_id, reverse=True)
         assert Counter(i for ids in got for i in ids) == count_of
+
+
+def test_other_splits_do_not_decide_what_is_frequent(tmp_path: Path) -> None:
+    """Ids rank by training alone; rows that only other splits have stand in the order of the files."""
+    write_sample(tmp_path, users=200, songs=120, records=600, seed=4)
+    data = KkBox(str(tmp_path)).load()
+    train = set(data.splits["train"].tolist())
+    for name in ("user", "song", "composer"):
+        rows = next(field.rows for field in data.schema.fields if field.name == name)
+        seen = Counter(i for place, ids in enumerate(bags(data, name)) if place in train for i in ids)
+        by_id = [seen[i] for i in range(rows)]
+        assert by_id == sorted(by_id, reverse=True)
+        new = list(dict.fromkeys(i for ids in bags(data, name) for i in ids if not seen[i]))
+        assert new == sorted(new)
+        assert new or name == "composer"
 
 
 def test_the_split_is_the_papers(tmp_path: Path) -> None:
