@@ -82,8 +82,8 @@ class SessionHooks(Protocol):
     def embsearch_before_forward(self, session: Session, step: int) -> None:
         """A training forward is about to run; ``step`` weight steps were taken.
 
-        An algorithm may write gates here: for good by ``session.set_gates``, or for this forward by ``session.use_gates``. Where
-        a loop calls a part of the model instead, this is called before the first lookup of each step.
+        An algorithm may write gates here: for good by ``session.set_gates``, or for this forward by ``session.use_gates``.
+        Where a loop calls a part of the model instead, this is called before the first lookup of each step.
         """
 
     @hookspec(firstresult=True)

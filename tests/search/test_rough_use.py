@@ -478,6 +478,18 @@ def test_a_loop_that_calls_a_part_of_the_model_searches_too(algorithm: Any) -> N
         assert bool(session.algorithm.vectors.abs().sum() > 0)
 
 
+def test_a_compiled_model_is_searched() -> None:
+    model = task(PLAIN)
+    session = es.prepare(model, algorithm=es.Nis(warm_up=2, group=8), budget="50%")
+    told: list[int] = []
+    session.register(ForwardsSeen(told))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    session.attach(optimizer, validation=[PLAIN.batch(seed=900)])
+    train(torch.compile(model, backend="eager"), optimizer, (PLAIN.batch(seed=i) for i in range(8)))
+    assert told == list(range(8))
+    assert session.derive().size_bytes <= session.original_bytes / 2
+
+
 class ForwardsSeen:
     """An observer of weight forwards."""
 
