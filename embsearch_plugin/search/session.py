@@ -549,8 +549,7 @@ class Session:
 
     def _fingerprint(self) -> list[str]:
         """Say what is searched, how and where: a state fits only the same."""
-        values = {f.name: getattr(self.config, f.name) for f in fields(self.config)}
-        settings = [f"{name}={getattr(value, '__qualname__', repr(value))}" for name, value in values.items()]  # of functions
+        settings = [f"{f.name}={_text_of(getattr(self.config, f.name))}" for f in fields(self.config)]
         tables = [f"{spec} {spec.rows} x {spec.dim} {spec.dtype}" for spec in self.specs]
         return [self.config.name, *settings, repr(self.space), *tables]
 
@@ -595,6 +594,11 @@ def _before_lookup(supernet: nn.Module, args: tuple[Any, ...]) -> None:
     session = supernet.__dict__.get(SEARCHED_BY)
     if session is not None:
         session._weight_lookup(supernet)
+
+
+def _text_of(value: object) -> str:
+    """Return a setting as text that is the same in every process: that of a function would hold its address."""
+    return getattr(value, "__qualname__", type(value).__qualname__) if callable(value) else repr(value)
 
 
 def _not_finite(what: str, value: float, step: int) -> str:
