@@ -118,11 +118,17 @@ def _references(content: Content) -> list[dict[str, Any]]:
             "name": reference["name"],
             "state": "reference",
             "figures": _figures(reference["values"], content),
-            "text": reference["reason"] or "the recipe's own settings",
+            "text": reference["reason"] or _settings_of(reference),
             "front": False,
         }
         for reference in content["references"]
     ]
+
+
+def _settings_of(reference: dict[str, Any]) -> str:
+    """Say what was trained: of a method that tries several allocations in a run, one alone."""
+    several = reference.get("allocations", 1)
+    return "the recipe's own settings" + (f"; of the {several} allocations that a run tries, one" if several > 1 else "")
 
 
 def _figures(values: list[float] | None, content: Content) -> list[str]:

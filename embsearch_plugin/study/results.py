@@ -9,8 +9,9 @@ import optuna
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState
 
-from embsearch_plugin.budget import human_bytes
+from embsearch_plugin.budget import Budget, human_bytes
 from embsearch_plugin.cells import DENSE, Row
+from embsearch_plugin.errors import BudgetError
 from embsearch_plugin.machine import machine, versions
 from embsearch_plugin.recipes import Recipe, recorded
 from embsearch_plugin.study.front import front, knee
@@ -85,7 +86,10 @@ class Findings:
         return int(best[knee([trial["values"] for trial in best], [o.sign for o in self.objectives])]["number"])
 
     def _references(self) -> list[dict[str, Any]]:
-        """Return the dense model and the baselines, with the recipe's own settings."""
+        """Return the dense model and the baselines, with the recipe's own settings.
+
+        Of a method that tries several allocations, as a grid does, one is trained: as in a session of one's own.
+        """
         found = [self._reference("dense", with_method(self.recipe, self.recipe.search.algorithm, "100%"), self.dense)]
         for config in self.recipe.search.baselines:
             for budget in self.recipe.search.budgets:
@@ -95,11 +99,16 @@ class Findings:
         return found
 
     def _reference(self, name: str, recipe: Recipe, row: Row) -> dict[str, Any]:
-        done = row["status"] == "done"
+        search, done = recipe.search, row["status"] == "done"
+        try:
+            tables, space = self.workshop.tables(recipe), search.algorithm.space(search.space)
+            several = len(search.algorithm.allocations(tables, Budget.of(search.budgets[0]), space))
+        except BudgetError:
+            several = 1
         values = [worth(objective, recipe, [row], self.workshop) for objective in self.objectives] if done else None
         own = [epoch for stage, epochs in row["stages"].items() if stage != DENSE or name == DENSE for epoch in epochs]
         seconds = sum(epoch["seconds"] or 0.0 for epoch in own)
-        return {"name": name, "values": values, "reason": row["reason"], "seconds": seconds}
+        return {"name": name, "values": values, "reason": row["reason"], "seconds": seconds, "allocations": several}
 
     def _tests(self, trials: list[dict[str, Any]], chosen: int | None) -> dict[str, Any]:
         """Return the test metrics of the dense model and of the chosen trial; no other model reads that split."""
