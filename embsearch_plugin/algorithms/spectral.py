@@ -15,7 +15,8 @@ i in b of p_i A_ic^2: one currency for all tables. Which pairs are kept is decid
 which a projection pays for its rows. A table that is too small to pay for one keeps its own basis, with the diagonal of G.
 Fine-tuning is the training that goes on after ``compact``.
 
-Nothing is done while the model trains: all of it happens in ``derive`` and ``compact``, on a few validation batches.
+Nothing is done while the model trains: all of it happens in ``derive`` and ``compact``, on a few validation batches. A row that
+was never counted is worth nothing: it is kept only where its block is, whatever the budget.
 
 A budget is a ceiling. Where the past says little of what comes, a dense model fits too much of it, and so does what is cut from
 it. So in a run (``embsearch run``) a few tiny uniform dims, trained from scratch, are its rivals, and validation decides.
