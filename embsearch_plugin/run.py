@@ -12,7 +12,7 @@ import fcntl
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import ndiff
@@ -39,6 +39,7 @@ from embsearch_plugin.recipes import Recipe, recorded, settings, to_yaml
 from embsearch_plugin.report.page import write_report
 from embsearch_plugin.saving import PLAN
 from embsearch_plugin.search.tables import check_fused_widths
+from embsearch_plugin.space import SearchSpace
 from embsearch_plugin.training import Watcher
 
 RECIPE, DATA = "recipe.yaml", "cells/data.json"
@@ -191,10 +192,7 @@ class Matrix:
 
     def _allocations(self, method: str, budget: str) -> list[Place]:
         config = self.recipe.search.methods[method]
-        try:
-            tried = config.allocations(self._tables, Budget.of(budget), config.space(self.recipe.search.space))
-        except BudgetError:
-            tried = [config]  # its search raises the error again, and the cell says why it is infeasible
+        tried = allocations_of(config, self._tables, budget, self.recipe.search.space)
         return [Place(method, budget, _told_apart(each, config), each) for each in tried]
 
     def _counting(self, chosen: dict[Contest, Choice]) -> Iterator[tuple[Cells, Place]]:
@@ -214,6 +212,16 @@ class Matrix:
         """Return the validation loss that trials are compared by; infeasible cells come last."""
         loss = self.data.schema.task.loss.of(row["validation"])
         return math.inf if loss is None else loss
+
+
+def allocations_of(
+    config: SearchConfig, tables: Sequence[Table], budget: str, space: SearchSpace | None
+) -> Sequence[SearchConfig]:
+    """Return what a method tries within a budget; itself where nothing fits: its search then says why it is infeasible."""
+    try:
+        return config.allocations(tables, Budget.of(budget), config.space(space))
+    except BudgetError:
+        return [config]
 
 
 def row_frequencies(data: Dataset, tables: list[Table], batch_size: int) -> dict[str, Tensor]:

@@ -79,13 +79,14 @@ class SearchSpace:
             )
         if self.column_chunks is not None and not (_is_count(self.column_chunks) or _numbers(self.column_chunks)):
             raise SpaceError(
-                f"column_chunks must be a positive number of chunks, widths or shares; got {self.column_chunks!r}."
+                f"column_chunks must be a positive number of chunks, widths or shares; got {self.column_chunks!r}. Try 4."
             )
         if self.scope not in ("table", "global"):
             raise SpaceError(f"scope must be 'table' or 'global'; got {self.scope!r}.")
         if not _is_count(self.align) or not _is_count(self.min_block_rows):
             raise SpaceError(
-                f"align and min_block_rows must be at least 1, and whole; got {self.align!r} and {self.min_block_rows!r}."
+                f"align and min_block_rows must be at least 1, and whole; got {self.align!r} and {self.min_block_rows!r}. "
+                "Try 4 and 16."
             )
         if self.scope == "global" and self.groups:
             raise SpaceError("groups must be empty where scope is 'global', which cuts the rows of all tables in one list.")

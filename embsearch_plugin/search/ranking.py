@@ -38,7 +38,9 @@ class Ranking:
         elif isinstance(given, Mapping):
             self._checked(given)
         elif not isinstance(given, Iterable):
-            raise SessionError(f"frequencies must be counts by table name, or batches to count; got {given!r}.")
+            raise SessionError(
+                f"frequencies must be counts by table name, or batches to count; got {given!r}. Try the train loader."
+            )
 
     def rank(self, step: int) -> None:
         """Rank and cut for the first time, or again when it is time."""
@@ -82,10 +84,13 @@ class Ranking:
             if not isinstance(count, Tensor) or count.shape != (spec.rows,):
                 got = f"shape {tuple(count.shape)}" if isinstance(count, Tensor) else f"a {type(count).__name__}"
                 raise SessionError(
-                    f"frequencies must hold a tensor of counts, of shape ({spec.rows},), for table {spec.name!r}; got {got}."
+                    f"frequencies must hold a tensor of counts, of shape ({spec.rows},), for table {spec.name!r}; got {got}.\n"
+                    "  Possible solution: frequencies=train_loader, which is counted."
                 )
             if not bool((count >= 0).all()):  # NaN is not, either
-                raise SessionError(f"frequencies must be at least 0; some of table {spec.name!r} are not.")
+                raise SessionError(
+                    f"frequencies must be at least 0; some of table {spec.name!r} are not. Try torch.bincount(ids)."
+                )
             counts.append(count.cpu())
         return counts
 

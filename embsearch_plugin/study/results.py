@@ -9,11 +9,11 @@ import optuna
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState
 
-from embsearch_plugin.budget import Budget, human_bytes
+from embsearch_plugin.budget import human_bytes
 from embsearch_plugin.cells import DENSE, Row
-from embsearch_plugin.errors import BudgetError
 from embsearch_plugin.machine import machine, versions
 from embsearch_plugin.recipes import Recipe, recorded
+from embsearch_plugin.run import allocations_of
 from embsearch_plugin.study.front import front, knee
 from embsearch_plugin.study.space import REASON
 from embsearch_plugin.study.trial import CELL, SECONDS, objectives_of, worth
@@ -95,20 +95,16 @@ class Findings:
             for budget in self.recipe.search.budgets:
                 recipe = with_method(self.recipe, config, budget)
                 row = self.workshop.make(recipe, recipe.seeds[0], self.watcher)
-                found.append(self._reference(f"{config.name} at {budget}", recipe, row))
+                tried = allocations_of(config, self.workshop.tables(recipe), budget, recipe.search.space)
+                found.append(self._reference(f"{config.name} at {budget}", recipe, row) | {"allocations": len(tried)})
         return found
 
     def _reference(self, name: str, recipe: Recipe, row: Row) -> dict[str, Any]:
-        search, done = recipe.search, row["status"] == "done"
-        try:
-            tables, space = self.workshop.tables(recipe), search.algorithm.space(search.space)
-            several = len(search.algorithm.allocations(tables, Budget.of(search.budgets[0]), space))
-        except BudgetError:
-            several = 1
+        done = row["status"] == "done"
         values = [worth(objective, recipe, [row], self.workshop) for objective in self.objectives] if done else None
         own = [epoch for stage, epochs in row["stages"].items() if stage != DENSE or name == DENSE for epoch in epochs]
         seconds = sum(epoch["seconds"] or 0.0 for epoch in own)
-        return {"name": name, "values": values, "reason": row["reason"], "seconds": seconds, "allocations": several}
+        return {"name": name, "values": values, "reason": row["reason"], "seconds": seconds}
 
     def _tests(self, trials: list[dict[str, Any]], chosen: int | None) -> dict[str, Any]:
         """Return the test metrics of the dense model and of the chosen trial; no other model reads that split."""
