@@ -160,6 +160,16 @@ def stored_bytes(model: nn.Module) -> int:
     return sum(t.nbytes for m in compact for t in [*m.parameters(), *m.buffers()])
 
 
+def tables_of(model: Task) -> list[Tensor]:
+    """Copy a model's tables."""
+    return [p.detach().clone() for p in model.collection.parameters()]
+
+
+def moved(model: Task, before: list[Tensor]) -> bool:
+    """Whether a model's tables are other than they were."""
+    return any(not torch.equal(a, b) for a, b in zip(before, model.collection.parameters(), strict=True))
+
+
 def relative_error(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).detach().abs().max() / expected.detach().abs().max().clamp(min=1e-12))
 
@@ -184,3 +194,13 @@ STREAMING: dict[str, dict[str, Any]] = {
     "fixed": {"init_std": 0.5},
 }
 """Settings of algorithms on streams, for tables of few columns and few steps."""
+
+
+FORMED = {
+    "spectral": es.Spectral(warm_up=2),
+    "nis": es.Nis(warm_up=2, group=8),
+    "padding": es.AutoDim(candidates=(2, 4), every=2),
+    "linear": es.AutoDim(candidates=(2, 4), every=2, transform="linear", lookup="separate"),
+    "sam": es.Sam(candidates=(2, 4)),
+}
+"""Algorithms whose tables have forms."""

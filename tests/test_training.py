@@ -61,10 +61,10 @@ def test_l2_leaves_the_gradients_of_a_search_step_alone() -> None:
     session.attach(default_optimizer(PLAIN)(model.parameters()), batches)
     session.step(batches[0])
     leaves = [gates.clone().requires_grad_() for gates in session.gates]
-    _, expected = session.gate_gradients(batches[1], leaves, leaves)
+    _, expected = session.probe.gate_gradients(batches[1], leaves, leaves)
     with decayed(model, 100.0) as forward:
         forward(batches[0])
-        _, found = session.gate_gradients(batches[1], leaves, leaves)
+        _, found = session.probe.gate_gradients(batches[1], leaves, leaves)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
 

@@ -91,7 +91,7 @@ class AutoDimSearch(CandidateSearch):
     def embsearch_search_step(self, session: "Session", step: int, batch: Any) -> Mapping[str, float]:
         """Lines 2 and 3 of Algorithm 1: alpha descends the validation loss."""
         gates = self._gates(session, self.sample(step))
-        loss, (self.vectors.grad,) = session.gate_gradients(batch, gates, [self.vectors], self.xi)
+        loss, (self.vectors.grad,) = session.probe.gate_gradients(batch, gates, [self.vectors], self.xi)
         return {"loss": loss, **self._descend(session, step)}
 
 

@@ -106,7 +106,7 @@ class DnisSearch:
         if self._stop.stopped:
             return {}
         assert self._optimizer is not None
-        loss, gradients = session.gate_gradients(batch, self._gates(session, self.alpha), self.alpha, self.config.xi)
+        loss, gradients = session.probe.gate_gradients(batch, self._gates(session, self.alpha), self.alpha, self.config.xi)
         for alpha, gradient in zip(self.alpha, gradients, strict=True):
             alpha.grad = normalized(gradient, self.config.epsilon)
         self._optimizer.step()

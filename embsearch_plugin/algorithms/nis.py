@@ -156,10 +156,10 @@ class NisSearch:
         """Draw a choice for each group of examples, and learn from their rewards."""
         assert self.controller is not None
         choices, config = self._choices(session), self.config
-        self.groups = self.groups or session.groups_in(batch, config.group)
+        self.groups = self.groups or session.probe.groups_in(batch, config.group)
         drawn = self.controller.draw(self.groups, self.generator)
         heights = choices.heights(drawn)
-        outcome = session.evaluate(batch, choices.gates(heights), config.group)
+        outcome = session.probe.evaluate(batch, choices.gates(heights), config.group)
         limit = max(session.budget.limit(session.original_bytes), 1)  # a share of tiny tables may be less than a byte
         cost = choices.cost(heights, session.budget.unit) / limit
         reward = self._qualities(outcome).to(drawn.device) - config.penalty * (cost - 1).clamp(min=0)

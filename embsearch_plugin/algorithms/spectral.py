@@ -163,7 +163,7 @@ def _fisher(session: "Session", batches: int) -> list[Tensor]:
     examples = torch.zeros((), dtype=torch.float64, device=device)
     for batch in session.validation_batches(batches):
         with suppress(TooSmallBatch):  # one without examples says nothing
-            gradients, size = session.row_gradients(batch)
+            gradients, size = session.probe.row_gradients(batch)
             examples += size
             for of_table, rows in zip(sums, gradients, strict=True):
                 of_table.addmm_(rows.double().t(), rows.double())

@@ -1,9 +1,7 @@
 """Session: one search on one model."""
 
 import logging
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from typing import Any, cast
@@ -15,20 +13,19 @@ from torch.optim import Optimizer
 
 from embsearch_plugin import distributed
 from embsearch_plugin.algorithms.base import Algorithm, SearchConfig
-from embsearch_plugin.autocast import Autocast
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import Table
 from embsearch_plugin.compact.fold import UNFOLDED, Fold
 from embsearch_plugin.compact.rewrite import rewrite
-from embsearch_plugin.errors import AttachError, NonFiniteLoss, ObjectiveError, PlanError, SessionError
+from embsearch_plugin.errors import AttachError, PlanError, SessionError
 from embsearch_plugin.hookspecs import PROJECT, SessionHooks
 from embsearch_plugin.optimizers import add_to_any, check_hook_fires, join, takers_of_dense
 from embsearch_plugin.plan import SizePlan, mismatch
 from embsearch_plugin.plugins import manager
 from embsearch_plugin.randomness import private_random
-from embsearch_plugin.search.objective import Objective, Outcome, evaluating, move, outcome_of, train_task, untouched
+from embsearch_plugin.search.objective import Objective, move, train_task
+from embsearch_plugin.search.probe import Probe
 from embsearch_plugin.search.ranking import Frequencies, Ranking
-from embsearch_plugin.search.second_order import after_weight_step
 from embsearch_plugin.search.tables import SearchedTables, SearchTable
 from embsearch_plugin.search.validation import ValidationStream
 from embsearch_plugin.space import RowBlocks, SearchSpace
@@ -66,7 +63,7 @@ class Session:
         self.model, self.config, self.budget, self.space = model, algorithm, budget, algorithm.space(space)
         self.step_count = self.search_steps = 0
         self.algorithm: Algorithm = algorithm.build()
-        self._objective, self.seed = objective, seed
+        self.seed = seed
         self._observers = [o for some in manager().hook.embsearch_register_observers(session=self) for o in some]
         self._plugins = _plugins_of(self.algorithm, self._observers)  # before the model is touched: it may fail
         # None once the search is over
@@ -74,7 +71,15 @@ class Session:
         form = partial(algorithm.form, space=self.space)
         with private_random(seed):  # of which forms draw their parameters
             self._searched = SearchedTables(model, self.space, fused, form, folds_gates=algorithm.folds_gates)
-        self._ranking = Ranking(self._tables, self.space, frequencies, self._run_to_count)
+        self._probe: Probe | None = Probe(
+            model,
+            self._searched,
+            objective,
+            seed,
+            search_steps=lambda: self.search_steps,
+            train_batch=self._next_train_batch,
+        )
+        self._ranking = Ranking(self._tables, self.space, frequencies, self._probe.look_up)
         model.__dict__[ATTRIBUTE] = self
         self._pre_hooks = [model.register_forward_pre_hook(_before_forward, with_kwargs=True)]
         for supernet in self._searched.supernets:
@@ -88,11 +93,17 @@ class Session:
         self._validation: ValidationStream | None = None
         self._training: ValidationStream | None = None
         self._train_batch: Any = None
-        self._inside = False  # a forward of ours is running
         self._started = False  # whether the algorithm was told that the search starts
         self._last_plan: SizePlan | None = None
 
     # What algorithms and observers read and write.
+
+    @property
+    def probe(self) -> Probe:
+        """Runs the model for the search, under any gates, and leaves no trace in it."""
+        self._check_not_over()
+        assert self._probe is not None
+        return self._probe
 
     @property
     def specs(self) -> list[Table]:
@@ -148,21 +159,6 @@ class Session:
         """Return the sum of squares of the merged weights, per row block and column: float64 (S, W)."""
         return self._tables.block_energy(table)
 
-    def evaluate(self, batch: Any, gates: Sequence[Tensor], group: int = 1) -> Outcome:
-        """Run the objective with ``gates`` in place of the current ones, as for :meth:`use_gates`; leaves no trace."""
-        with self._own_forward(), self._tables.searching(gates, group=group):
-            return outcome_of(self._objective, self.model, batch)
-
-    def groups_in(self, batch: Any, size: int) -> int:
-        """Return how many groups of ``size`` examples a batch has, over processes the mean; takes a forward pass.
-
-        It is one where examples share looked-up bags (negatives of the whole batch, say): then all have the same gates.
-        """
-        examples = len(self.evaluate(batch, self.gates).logits)
-        alone = all(supernet.bags == examples for supernet in self._tables.supernets)
-        groups = torch.tensor(math.ceil(examples / size) if alone else 1, dtype=torch.float64, device=self._tables.device)
-        return math.ceil(float(distributed.mean([groups])[0]))
-
     def validation_batches(self, count: int) -> list[Any]:
         """Return the validation loader's first ``count`` batches, or all it has; search steps do not miss them.
 
@@ -174,55 +170,6 @@ class Session:
         if self._validation is None:
             raise SessionError(f"{self.config.name} needs validation batches here: attach(optimizer, validation=...) first.")
         return [move(batch, self._tables.device) for batch in self._validation.first(count)]
-
-    def row_gradients(self, batch: Any) -> tuple[list[Tensor], int]:
-        """Return rows whose outer products add up to the sum of g g^T over the batch's lookups, and the number of examples.
-
-        g is the gradient of an example's loss with respect to a looked-up row; the loss is taken to be a mean over
-        examples. Rows are per table float32 (n, D): one for each bag that is not empty, since all its ids have the gradient
-        of the bag's output, times their weights, and divided by their number where a table is averaged. The model runs in
-        evaluation mode, since batch norm makes examples depend on each other. Those of this process; leaves no trace.
-        """
-        with evaluating(self.model), self._own_forward(), self._tables.capturing() as captured:
-            outcome = outcome_of(self._objective, self.model, batch)
-            outputs = list(captured)  # checkpointed parts of the model run again for the gradient, and add to the list
-            gradients = self._checked_gradients(outcome.loss, [output.values for output in outputs])
-        examples = len(outcome.logits)
-        return [rows * examples for rows in self._tables.rows_of(outputs, gradients)], examples
-
-    def gate_gradients(
-        self, batch: Any, gates: Sequence[Tensor], leaves: Sequence[Tensor], xi: float = 0.0
-    ) -> tuple[float, list[Tensor]]:
-        """Differentiate the loss on ``batch`` with respect to ``leaves``, of which ``gates`` are made.
-
-        With ``xi`` above zero, the loss is the one after a virtual weight step of that rate on the last training batch
-        (second order; dnis.txt, Eq. 7). Loss and gradients are averaged over processes, so that all of them decide alike.
-        Nothing of the model changes.
-
-        Raises:
-            NonFiniteLoss: where the loss is NaN or infinite.
-        """
-        # The gates stay in place until the gradient is there: checkpointed parts of the model run again for it.
-        with self._own_forward(), self._tables.searching(gates):
-            outcome = self._second_order(batch, gates, xi) if xi else outcome_of(self._objective, self.model, batch)
-            gradients = self._checked_gradients(outcome.loss, leaves)
-        loss, *gradients = distributed.mean([outcome.loss.detach().float(), *gradients])
-        return float(loss), gradients
-
-    def _checked_gradients(self, loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
-        if not math.isfinite(float(loss.detach())):
-            raise NonFiniteLoss(_not_finite("loss", float(loss.detach()), self.step_count))
-        found = torch.autograd.grad(loss, list(leaves), allow_unused=True) if loss.requires_grad else ()
-        if all(gradient is None for gradient in found):
-            raise ObjectiveError(
-                "the loss must depend on the tables' gates, and it does not.\n  Possible solutions: 1) do not detach it, nor "
-                "compute it under no_grad or inference_mode  2) checkpoint with use_reentrant=False  3) an objective that "
-                "runs the tables."
-            )
-        gradients = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
-        if not all(bool(gradient.isfinite().all()) for gradient in gradients):
-            raise NonFiniteLoss(_not_finite("gradient", math.nan, self.step_count))
-        return gradients
 
     # The loop.
 
@@ -351,7 +298,7 @@ class Session:
 
     def _weight_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The model is about to be run by its owner."""
-        if not self._inside and self.model.training and torch.is_grad_enabled():
+        if not self.probe.running and self.model.training and torch.is_grad_enabled():
             self._train_batch = args[0] if len(args) == 1 and not kwargs else None
             self._announce()
 
@@ -361,44 +308,23 @@ class Session:
         Then the first lookup of each step counts as the model's forward: others may belong to it, or repeat a part of it for a
         checkpoint.
         """
-        if not self._announced and not self._inside and supernet.training and torch.is_grad_enabled():
+        if not self._announced and not self.probe.running and supernet.training and torch.is_grad_enabled():
             self._announce()
 
     def _announce(self) -> None:
         self._announced = True
         self._plugins.hook.embsearch_before_forward(session=self, step=self.step_count)
 
-    @contextmanager
-    def _own_forward(self) -> Iterator[None]:
-        """A forward of ours: under the loop's autocast, and buffers and random states are restored afterwards."""
-        if self._inside:
-            yield
-            return
-        self._inside = True
-        autocast = self._tables.supernets[0].autocast or Autocast.now(self._tables.device.type)
-        seed = self.seed * 1_000_003 + self.search_steps
-        try:
-            tables = [supernet.inner for supernet in self._tables.supernets]
-            with untouched(self.model, tables, seed), autocast.again(), torch.enable_grad():
-                yield
-        finally:
-            self._inside = False
-
-    def _run_to_count(self, batch: Any) -> None:
-        with evaluating(self.model), self._own_forward():  # batch norm refuses a single example while it trains
-            outcome_of(self._objective, self.model, move(batch, self._tables.device))
-
-    def _second_order(self, batch: Any, gates: Sequence[Tensor], xi: float) -> Outcome:
+    def _next_train_batch(self) -> Any:
+        """Return the batch of a virtual weight step."""
         if self._training is not None:
-            train_batch = move(self._training.next(), self._tables.device)
-        elif self._train_batch is not None:
-            train_batch = self._train_batch
-        else:
+            return move(self._training.next(), self._tables.device)
+        if self._train_batch is None:
             raise SessionError(
                 "second-order gradients need a training batch, and the model was not called with just a batch.\n"
                 "  Possible solutions: 1) attach(..., training=train_loader)  2) first order (xi=0)."
             )
-        return after_weight_step(self.model, self._objective, self._tables, gates, train_batch, batch, xi)
+        return self._train_batch
 
     # The result.
 
@@ -491,7 +417,7 @@ class Session:
         for handle in self._pre_hooks:
             handle.remove()
         self.model.__dict__.pop(ATTRIBUTE, None)
-        self._searched = self._train_batch = self._validation = self._training = None
+        self._searched = self._probe = self._train_batch = self._validation = self._training = None
         self._optimizers = []
         del self._ranking
 
@@ -599,13 +525,6 @@ def _before_lookup(supernet: nn.Module, args: tuple[Any, ...]) -> None:
 def _text_of(value: object) -> str:
     """Return a setting as text that is the same in every process: that of a function would hold its address."""
     return getattr(value, "__qualname__", type(value).__qualname__) if callable(value) else repr(value)
-
-
-def _not_finite(what: str, value: float, step: int) -> str:
-    return (
-        f"the validation {what} must be a number; got {value} at step {step}. Gates and weights are as before.\n"
-        "  Possible solutions: 1) a lower learning rate  2) look for NaN in the validation batches."
-    )
 
 
 def _has_batch_norm(model: nn.Module) -> bool:

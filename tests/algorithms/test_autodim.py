@@ -150,7 +150,7 @@ def test_alpha_follows_adam_along_the_validation_gradient() -> None:
     for seed in range(4):
         batch = PLAIN.batch(seed=seed)
         gates = twin._gates(session, twin.sample(session.step_count))
-        loss, (gradient,) = session.gate_gradients(batch, gates, [twin.vectors])
+        loss, (gradient,) = session.probe.gate_gradients(batch, gates, [twin.vectors])
         twin.vectors.grad = gradient
         twin._optimizer.step()
         assert session.step(batch)["loss"] == pytest.approx(loss, abs=1e-6)
@@ -168,7 +168,7 @@ def test_gradients_of_alpha_are_those_of_finite_differences(variant: dict[str, A
     def loss_at(vectors: Tensor) -> tuple[float, list[Tensor]]:
         search._random.set_state(state)
         search._set_vectors(vectors)
-        return session.gate_gradients(batch, search._gates(session, search.sample(100)), [search.vectors])
+        return session.probe.gate_gradients(batch, search._gates(session, search.sample(100)), [search.vectors])
 
     at = search.vectors.detach() + torch.where(search.vectors.isinf(), 0.0, torch.randn(search.vectors.shape))
     _, (gradient,) = loss_at(at)
@@ -192,8 +192,8 @@ def test_second_order_gradients_are_those_of_finite_differences(variant: dict[st
     smooth(model)
     session._train_batch = train_batch
     weights = [torch.rand_like(gate).requires_grad_() for gate in session.gates]
-    _, first = session.gate_gradients(batch, weights, weights)
-    _, second = session.gate_gradients(batch, weights, weights, 1.0)
+    _, first = session.probe.gate_gradients(batch, weights, weights)
+    _, second = session.probe.gate_gradients(batch, weights, weights, 1.0)
     assert max(relative_error(a, b) for a, b in zip(first, second, strict=True)) > 0.02
     for table in range(3):
         values = []
@@ -313,7 +313,7 @@ def by_hand(session: Session) -> Iterator[tuple[int, float, list[int]]]:
 
     def loss(numbers: list[int]) -> float:
         gates = [torch.eye(form.n_gates)[[number]] for form, number in zip(forms, numbers, strict=True)]
-        return sum(float(session.evaluate(batch, gates).loss.detach()) for batch in batches) / len(batches)
+        return sum(float(session.probe.evaluate(batch, gates).loss.detach()) for batch in batches) / len(batches)
 
     table_losses = [[loss([*best[:t], n, *best[t + 1 :]]) for n in range(form.n_gates)] for t, form in enumerate(forms)]
     for numbers in product(*(range(form.n_gates) for form in forms)):
@@ -355,7 +355,7 @@ def test_scoring_is_in_evaluation_mode_and_leaves_every_modules_mode_alone() -> 
     model.eval()
     for (table, gates), loss in zip(alternatives, found, strict=True):
         mixed = [gates if number == table else gate for number, gate in enumerate(reference)]
-        expected = [float(session.evaluate(batch, mixed).loss.detach()) for batch in session.validation_batches(3)]
+        expected = [float(session.probe.evaluate(batch, mixed).loss.detach()) for batch in session.validation_batches(3)]
         assert loss == pytest.approx(sum(expected) / len(expected), abs=1e-6)
 
 

@@ -37,12 +37,12 @@ def test_alpha_starts_at_one_follows_adam_and_is_clipped() -> None:
     adam = torch.optim.Adam(reference, lr=0.3)
     for step in range(6):
         batch = PLAIN.batch(seed=700 + step)
-        _, gradients = session.gate_gradients(batch, reference, reference) if step else (0, None)
+        _, gradients = session.probe.gate_gradients(batch, reference, reference) if step else (0, None)
         if step == 0:
             session.step(batch)  # ranks the rows; its result is undone below
             session.algorithm._set_alpha([torch.ones_like(gate) for gate in session.gates])
             session.set_gates([torch.ones_like(gate) for gate in session.gates])
-            _, gradients = session.gate_gradients(batch, reference, reference)
+            _, gradients = session.probe.gate_gradients(batch, reference, reference)
         for alpha, gradient in zip(reference, gradients, strict=True):
             alpha.grad = gradient / (gradient.abs().mean(1, keepdim=True) + 1e-7)
         adam.step()
@@ -92,7 +92,7 @@ def test_gradients_of_alpha_are_those_of_finite_differences(world: str, xi: floa
             parameter.normal_(std=0.5)
     train(model, optimizer, [train_batch] * 3)
     gates = [(0.5 + 0.5 * torch.rand_like(gate)).requires_grad_() for gate in session.gates]
-    _, found = session.gate_gradients(batch, gates, gates, xi)
+    _, found = session.probe.gate_gradients(batch, gates, gates, xi)
     step = 5e-3
     for table, gradient in enumerate(found):
         for place in gradient.abs().flatten().topk(6).indices.tolist():
@@ -109,8 +109,8 @@ def test_the_second_order_term_matters() -> None:
     model, session, _ = searched(PLAIN, algorithm=es.Dnis(warm_up=2))
     smooth(model)
     gates = [gate.clone().requires_grad_() for gate in session.gates]
-    first = session.gate_gradients(PLAIN.batch(seed=5), gates, gates)[1]
-    second = session.gate_gradients(PLAIN.batch(seed=5), gates, gates, xi=5.0)[1]
+    first = session.probe.gate_gradients(PLAIN.batch(seed=5), gates, gates)[1]
+    second = session.probe.gate_gradients(PLAIN.batch(seed=5), gates, gates, xi=5.0)[1]
     assert max(relative_error(a, b) for a, b in zip(first, second, strict=True)) > 0.05
 
 
@@ -127,7 +127,7 @@ def test_the_second_order_term_ignores_weights_that_the_collection_ignores() -> 
             weights = None if weight is None else torch.full((len(bags.values()),), weight)
             one.sparse_features = KeyedJaggedTensor(bags.keys(), bags.values(), weights, lengths=bags.lengths())
         model(train_batch)
-        found.append(session.gate_gradients(batch, gates, gates, xi=0.5)[1])
+        found.append(session.probe.gate_gradients(batch, gates, gates, xi=0.5)[1])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
@@ -203,9 +203,9 @@ def test_early_stopping_freezes_alpha() -> None:
 def test_the_loss_that_stops_a_search_is_that_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     _, session, _ = searched(PLAIN)
     gates = [gate.clone().requires_grad_() for gate in session.gates]
-    loss, gradients = session.gate_gradients(PLAIN.batch(seed=5), gates, gates)
+    loss, gradients = session.probe.gate_gradients(PLAIN.batch(seed=5), gates, gates)
     monkeypatch.setattr(distributed, "mean", lambda values: [3 * value for value in values])
-    mean_loss, mean_gradients = session.gate_gradients(PLAIN.batch(seed=5), gates, gates)
+    mean_loss, mean_gradients = session.probe.gate_gradients(PLAIN.batch(seed=5), gates, gates)
     assert mean_loss == pytest.approx(3 * loss)
     assert all(torch.allclose(mean, 3 * own) for mean, own in zip(mean_gradients, gradients, strict=True))
 

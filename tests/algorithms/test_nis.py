@@ -124,8 +124,8 @@ def test_a_choice_is_shared_by_a_group_of_examples(monkeypatch: pytest.MonkeyPat
     model.over[3] = nn.Identity()
     model.eval()
     algorithm, used = session.algorithm, []
-    original = session.evaluate
-    monkeypatch.setattr(session, "evaluate", lambda *args: used.append((args, original(*args))) or used[-1][1])
+    original = session.probe.evaluate
+    monkeypatch.setattr(session.probe, "evaluate", lambda *args: used.append((args, original(*args))) or used[-1][1])
     batch = PLAIN.batch(32, seed=70)
     session.step(batch)
     ((_, gates, group), outcome) = used[-1]
@@ -179,8 +179,8 @@ def test_examples_that_share_bags_share_a_choice(shared: bool) -> None:
         logits = torch.cat([positive, negatives], 1)
         return -logits.log_softmax(1)[:, 0].mean(), logits, torch.zeros(examples)
 
-    session._objective = top_k
-    assert session.groups_in(PLAIN.batch(32), 4) == (1 if shared else 8)
+    session.probe._objective = top_k
+    assert session.probe.groups_in(PLAIN.batch(32), 4) == (1 if shared else 8)
     session.algorithm.groups = 0
     session.algorithm.config = es.Nis(quality="recall@2", group=4)
     assert 0 <= session.step(PLAIN.batch(32))["reward"] <= 1
@@ -262,7 +262,7 @@ def test_a_state_of_the_other_mode_is_refused() -> None:
 
 def test_logits_and_labels_of_other_examples_are_refused() -> None:
     _, session, _ = nis()
-    session._objective = lambda model, batch: (model(batch)[0], torch.zeros(32), torch.zeros(31))
+    session.probe._objective = lambda model, batch: (model(batch)[0], torch.zeros(32), torch.zeros(31))
     with pytest.raises(es.EmbsearchError, match=r"the same examples; got logits \(32,\) and labels \(31,\)"):
         session.step(PLAIN.batch(32))
 
@@ -357,7 +357,7 @@ def test_the_plan_has_the_smallest_loss_of_all_that_fit(mode: Any, budget: es.Bu
         plans = [table.plan(own, cut.blocks) for table, own, cut in zip(choices.tables, heights, session.tables, strict=True)]
         size = sum(plan.size_bytes if budget.unit == "bytes" else plan.n_params for plan in plans)
         if size <= limit:
-            best = min(best, float(session.evaluate(batch, choices.gates(heights)).loss.detach()))
+            best = min(best, float(session.probe.evaluate(batch, choices.gates(heights)).loss.detach()))
     plan = session.derive(budget)
     assert (plan.size_bytes if budget.unit == "bytes" else plan.n_params) <= limit
     session.compact(plan)

@@ -21,7 +21,7 @@ def test_alpha_descends_the_training_loss_by_the_loops_own_backward() -> None:
     search, twin, batch = session.algorithm, es.Sam(lr=0.03).build(), PLAIN.batch(seed=50)
     twin.load_state_dict(copy.deepcopy(search.state_dict()))
     gates = twin._gates(session, twin.sample(session.step_count))
-    _, (twin.vectors.grad,) = session.gate_gradients(batch, gates, [twin.vectors])
+    _, (twin.vectors.grad,) = session.probe.gate_gradients(batch, gates, [twin.vectors])
     twin._optimizer.step()
     train(model, optimizer, [batch])
     assert torch.allclose(search.vectors, twin.vectors, atol=1e-6)

@@ -207,7 +207,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     model = Checkpointed(PLAIN.collection(), 16)
     session = es.prepare(model, algorithm=es.Spectral())
     model.eval().load_state_dict(plain.eval().state_dict())
-    got, expected = (each.row_gradients(PLAIN.batch(seed=5))[0] for each in (session, plainly))
+    got, expected = (each.probe.row_gradients(PLAIN.batch(seed=5))[0] for each in (session, plainly))
     assert all(torch.allclose(a, b) for a, b in zip(got, expected, strict=True))
 
 

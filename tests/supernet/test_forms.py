@@ -164,15 +164,15 @@ def test_groups_of_examples_have_gates_of_their_own(world: str, group: int) -> N
     torch.manual_seed(3)
     gates = [torch.rand(3, *gate.shape) for gate in session.gates]
     batch = WORLDS[world].batch(20, seed=4)
-    outcome = session.evaluate(batch, gates, group).logits
+    outcome = session.probe.evaluate(batch, gates, group).logits
     model.eval()
-    per_group = [session.evaluate(batch, [gate[number] for gate in gates]).logits for number in range(3)]
+    per_group = [session.probe.evaluate(batch, [gate[number] for gate in gates]).logits for number in range(3)]
     expected = torch.stack([per_group[(example // group) % 3][example] for example in range(20)])
-    assert torch.allclose(session.evaluate(batch, gates, group).logits, expected, atol=1e-5)
+    assert torch.allclose(session.probe.evaluate(batch, gates, group).logits, expected, atol=1e-5)
     assert outcome.shape == expected.shape
     session.use_gates(gates, group)
     eager = model(batch)[1][1]  # evaluation has the gates that were written
-    assert torch.allclose(eager, session.evaluate(batch, session.gates).logits, atol=1e-6)
+    assert torch.allclose(eager, session.probe.evaluate(batch, session.gates).logits, atol=1e-6)
 
 
 @pytest.mark.parametrize("settings", [{"halves": True}, {}])
@@ -184,7 +184,7 @@ def test_gates_may_carry_a_graph(settings: dict[str, Any]) -> None:
     model.over[1].eval(), model.over[3].eval()  # batch statistics and dropout would differ between two forwards
     optimizer.zero_grad()
     model(batch)[0].backward()
-    _, expected = session.gate_gradients(batch, leaves, leaves)
+    _, expected = session.probe.gate_gradients(batch, leaves, leaves)
     for leaf, gradient in zip(leaves, expected, strict=True):
         assert leaf.grad is not None
         assert torch.allclose(leaf.grad, gradient, atol=1e-6)
@@ -203,7 +203,7 @@ def test_row_gradients_are_those_of_looked_up_rows(world: str) -> None:
     model, session, _ = toy(WORLDS[world])
     batch = WORLDS[world].batch(12, seed=6)
     before = [t.clone() for t in model.state_dict().values()]
-    got, examples = session.row_gradients(batch)
+    got, examples = session.probe.row_gradients(batch)
     assert examples == 12
     assert model.training
     assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))
@@ -252,7 +252,7 @@ def test_row_gradients_count_examples_not_bags() -> None:
     session = es.prepare(model, algorithm="dnis", budget="50%", frequencies=counts)
     users, items = World((PLAIN.tables[0],)).features(4, seed=1), World((PLAIN.tables[1],)).features(20, seed=2)
     session.step((users, items))
-    got, examples = session.row_gradients((users, items))
+    got, examples = session.probe.row_gradients((users, items))
     assert examples == 4
     u, c = (
         collection(bags).values().detach().requires_grad_()
@@ -284,8 +284,8 @@ def test_weighed_gates_of_groups_reach_every_feature_of_a_table(world: str) -> N
     model.eval()
     gates = [torch.rand(3, *gate.shape) for gate in session.gates]
     batch = WORLDS[world].batch(20, seed=4)
-    got = session.evaluate(batch, gates, 2).logits
-    per_group = [session.evaluate(batch, [gate[number] for gate in gates]).logits for number in range(3)]
+    got = session.probe.evaluate(batch, gates, 2).logits
+    per_group = [session.probe.evaluate(batch, [gate[number] for gate in gates]).logits for number in range(3)]
     expected = torch.stack([per_group[(example // 2) % 3][example] for example in range(20)])
     assert torch.allclose(got, expected, atol=1e-5)
 
@@ -304,7 +304,7 @@ def test_a_validation_batch_of_one_example_can_be_scored_though_a_search_step_sk
     one, batch = PLAIN.batch(1, seed=1), PLAIN.batch(seed=2)
     session.step(batch)
     model.eval()
-    assert session.evaluate(one, session.gates).logits.shape == (1,)
+    assert session.probe.evaluate(one, session.gates).logits.shape == (1,)
 
 
 def test_a_model_on_the_meta_device_is_refused() -> None:

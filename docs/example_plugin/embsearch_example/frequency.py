@@ -44,7 +44,7 @@ class FrequencySearch:
     @es.hookimpl
     def embsearch_search_step(self, session: es.Session, batch: Any) -> Mapping[str, float]:
         """Learn nothing; report the validation loss."""
-        return {"loss": float(session.evaluate(batch, session.gates).loss)}
+        return {"loss": float(session.probe.evaluate(batch, session.gates).loss)}
 
     @es.hookimpl
     def embsearch_derive(self, session: es.Session, budget: es.Budget | None) -> es.SizePlan:

@@ -55,7 +55,7 @@ def _losses_on(
     """Return the loss of each alternative on a batch, and its number of examples."""
     found, examples = [], 0
     for table, gates in alternatives:
-        outcome = session.evaluate(batch, [*reference[:table], gates, *reference[table + 1 :]])
+        outcome = session.probe.evaluate(batch, [*reference[:table], gates, *reference[table + 1 :]])
         found.append(outcome.loss.detach().double().cpu())
         examples = len(outcome.logits)
     return torch.stack(found), examples

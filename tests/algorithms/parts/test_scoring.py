@@ -22,7 +22,7 @@ def test_losses_are_those_of_exchanged_gates_over_all_examples_and_leave_no_trac
     model.eval()
     for (table, gates), loss in zip(alternatives, found, strict=True):
         exchanged = [gates if index == table else gate for index, gate in enumerate(reference)]
-        each = [float(session.evaluate(batch, exchanged).loss.detach()) for batch in batches[:2]]
+        each = [float(session.probe.evaluate(batch, exchanged).loss.detach()) for batch in batches[:2]]
         assert loss == pytest.approx((32 * each[0] + 20 * each[1]) / 52, abs=1e-6)
 
 

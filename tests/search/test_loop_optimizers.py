@@ -1,0 +1,132 @@
+"""The optimizers of the user's loop: which train what a search adds and leaves, and what they remember."""
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from support import FORMED, PLAIN, moved, searched, tables_of, task, train
+
+import embsearch_plugin as es
+from embsearch_plugin.errors import AttachError
+
+
+@pytest.mark.parametrize("way", ["detached", "by hand"])
+def test_compact_tables_train_whichever_way_the_search_was_stepped(way: str) -> None:
+    if way == "detached":
+        model, session, optimizer = searched(PLAIN)
+        session.detach()
+        session.compact(session.derive())
+    else:
+        model = task(PLAIN)
+        session = es.prepare(model, algorithm=es.Dnis(warm_up=0))
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        train(model, optimizer, [PLAIN.batch()])
+        session.step(PLAIN.batch(seed=1))
+        session.compact(session.derive(), optimizer)
+    before = tables_of(model)
+    train(model, optimizer, [PLAIN.batch(seed=5)])
+    assert moved(model, before)
+
+
+def test_compact_tables_that_nobody_trains_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    _, session, _ = searched(PLAIN, optimizer=lambda params: torch.optim.SGD(list(params)[-2:], lr=0.1))
+    with caplog.at_level(logging.WARNING):
+        session.compact(session.derive("100%"))
+    assert "no optimizer holds the compact tables of collection.t0, collection.t1" in caplog.text
+
+
+def test_sparse_gradients_stay_sparse() -> None:
+    model = task(PLAIN)
+    for bag in model.collection.embedding_bags.values():
+        bag.sparse = True
+    es.apply(model, searched(PLAIN)[1].derive("60%"))
+    model(PLAIN.batch())[0].backward()
+    assert all(p.grad.is_sparse for p in model.collection.parameters())
+
+
+def test_names_in_an_optimizer_follow_its_parameters() -> None:
+    model = task(PLAIN)
+    session = es.prepare(model, algorithm=es.Dnis(warm_up=1))
+    optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1)
+    session.attach(optimizer, [PLAIN.batch()])
+    train(model, optimizer, [PLAIN.batch(seed=i) for i in range(3)])
+    session.compact(session.derive("60%"))
+    (group,) = optimizer.param_groups
+    assert len(group["param_names"]) == len(group["params"])
+    assert group["param_names"][-1] == "over.4.bias"
+
+
+def test_lbfgs_is_refused() -> None:
+    model = task(PLAIN)
+    with pytest.raises(es.EmbsearchError, match="LBFGS keeps its parameters as one vector"):
+        es.prepare(model).attach(torch.optim.LBFGS(model.parameters()), [PLAIN.batch()])
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("algorithm", FORMED)
+def test_what_a_search_adds_to_sparse_tables_is_trained_by_an_optimizer_that_takes_it(algorithm: str, before: bool) -> None:
+    model = task(PLAIN)
+    for bag in model.collection.embedding_bags.values():
+        bag.sparse = True
+    session = None if before else es.prepare(model, algorithm=FORMED[algorithm])
+    names = {id(p): name for name, p in model.named_parameters()}
+    tables = [p for p in model.parameters() if "embedding_bags" in names[id(p)]]
+    others = [p for p in model.parameters() if "embedding_bags" not in names[id(p)]]
+    optimizers = [torch.optim.SparseAdam(tables, lr=0.01), torch.optim.Adam(others, lr=0.01)]
+    session = session or es.prepare(model, algorithm=FORMED[algorithm])
+    session.attach(optimizers, validation=[PLAIN.batch(seed=900)])
+
+    def fit(batches: range) -> None:
+        for seed in batches:
+            model.zero_grad()
+            model(PLAIN.batch(seed=seed))[0].backward()
+            for optimizer in optimizers:
+                optimizer.step()
+
+    fit(range(8))
+    session.compact(session.derive("70%"))
+    before_training = [p.detach().clone() for p in model.collection.parameters()]
+    fit(range(8, 10))
+    after = list(model.collection.parameters())
+    assert all(not torch.equal(a, b) for a, b in zip(before_training, after, strict=True))
+
+
+def test_sparse_adam_alone_cannot_train_what_a_search_adds() -> None:
+    model = task(PLAIN)
+    optimizer = torch.optim.SparseAdam(list(model.collection.parameters()), lr=0.01)
+    session = es.prepare(model, algorithm=FORMED["nis"])
+    with pytest.raises(AttachError, match="attach the optimizer of the other layers"):
+        session.attach(optimizer, validation=[PLAIN.batch()])
+
+
+@pytest.mark.parametrize(
+    "algorithm", ["spectral", es.Nis(warm_up=2, group=8), es.AutoDim(candidates=(4, 8), transform="linear", every=2)]
+)
+def test_schedulers_that_were_made_before_the_search_go_on(algorithm: Any) -> None:
+    model = task(PLAIN)
+    for bag in model.collection.embedding_bags.values():
+        bag.sparse = True
+    dense = torch.optim.SGD(model.over.parameters(), lr=0.01, momentum=0.9)
+    schedulers = [
+        torch.optim.lr_scheduler.LambdaLR(dense, lambda step: 0.9**step),
+        torch.optim.lr_scheduler.OneCycleLR(dense, 0.1, total_steps=40),
+    ]
+    session = es.prepare(model, algorithm=algorithm, budget="70%")
+    sparse = torch.optim.SparseAdam([p for p in model.collection.parameters() if len(p) > 16], lr=0.01)
+    session.attach([sparse, dense], validation=[PLAIN.batch(seed=900)])
+
+    def fit(seeds: range) -> None:
+        for seed in seeds:
+            sparse.zero_grad()
+            dense.zero_grad()
+            model(PLAIN.batch(seed=seed))[0].backward()
+            sparse.step()
+            dense.step()
+            for scheduler in schedulers:
+                scheduler.step()
+
+    fit(range(6))
+    session.compact(session.derive())
+    fit(range(6, 9))
+    assert len(dense.param_groups) == 1
