@@ -217,7 +217,8 @@ class Cells:
             session.load_state_dict({**session.state_dict(), "kernels": state["kernels"]})
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
-        session.attach(optimizer, self.data.batches("validation", self._train.batch_size, seed=self.seed))
+        size = config.search_batch or self._train.batch_size
+        session.attach(optimizer, self.data.batches("validation", size, seed=self.seed))
         return session
 
     def _dense_state(self) -> dict[str, Any]:

@@ -115,7 +115,7 @@ class Matrix:
         """Find what cannot work before hours are spent.
 
         Raises:
-            SpaceError: where the space, or fused kernels, do not fit the tables.
+            SpaceError: where the space, a dim that was asked for, or fused kernels do not fit the tables.
             DataError: where a split holds no examples.
         """
         for config in self.recipe.search.methods.values():
@@ -123,6 +123,8 @@ class Matrix:
             space.check(self._tables)
             if self.recipe.train.fused:
                 check_fused_widths(self._tables, space)
+            for budget in self.recipe.search.budgets:
+                allocations_of(config, self._tables, budget, self.recipe.search.space)
         for split in get_args(Split):
             if not any(len(batch.labels) for batch in islice(self.data.batches(split, 1), 1)):
                 raise DataError(f"every split must hold examples; {split!r} holds none. Try: more data, or other fractions.")

@@ -15,13 +15,14 @@ AutoDim-4      separate   linear
 =============  =========  ==========
 
 Models that need one width, such as factorization machines, keep it: tables are padded to it outside the lookup. III.H advises
-against padding there, and to train a linear map per table with the network; that is ``transform="linear"``, whose plans have
-a projection and a bias, which are retrained with the table (from the identity and zero).
+against padding there, and to train a linear map per table with the network: ``maps=True``. The plan's tables then have a
+projection, as those of a search by ``transform="linear"`` always do, and it is retrained with the table, from the identity.
 
 Differences from the paper:
     * Candidates are transformed to the table's width D, where the paper has d_N, the largest candidate. The network is the
       user's and stays as it is, in retraining too; there the paper narrows its first layer.
-    * Candidates that are wider than a table are left out for it.
+    * Candidates that are wider than a table are left out for it. Where all are, it keeps its dim, with neither batch norm nor
+      bias: the weights per id of a factorization machine or of Wide&Deep, for instance.
     * A dim is stored, and counted, as the next multiple of the space's ``align``. The largest candidate that is stored in so
       many columns stands for the plan's dim. A stored column that it does not read adds nothing right after ``compact``, and is
       trained from then on.
@@ -65,7 +66,7 @@ class AutoDim(CandidateDims):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.xi < 0:
+        if not self.xi >= 0:
             raise ValueError(f"xi must be at least 0; got {self.xi}")
 
     def build(self) -> "AutoDimSearch":

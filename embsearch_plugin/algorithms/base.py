@@ -1,8 +1,11 @@
 """What every algorithm's config shares, and what an algorithm is."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from types import NoneType
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, get_args, get_origin, get_type_hints
 
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import Table
@@ -22,6 +25,42 @@ class Algorithm(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state``."""
+
+
+class _Kind(NamedTuple):
+    """What a setting holds: whole numbers or any, one or several, or nothing."""
+
+    whole: bool
+    several: bool
+    optional: bool
+
+    def check(self, name: str, value: object) -> None:
+        """Raise a ValueError where ``value`` is something else, or NaN, which every comparison would let through."""
+        if not self._holds(value):
+            one, many = ("a whole number", "whole numbers") if self.whole else ("a number", "numbers")
+            raise ValueError(f"{name} must be {many if self.several else one}; got {value!r}")
+
+    def _holds(self, value: object) -> bool:
+        if self.several:
+            return isinstance(value, tuple | list) and all(map(self._is_one, value))
+        return (value is None and self.optional) or self._is_one(value)
+
+    def _is_one(self, value: object) -> bool:
+        if isinstance(value, bool):
+            return False
+        return isinstance(value, Integral) or (not self.whole and isinstance(value, Real) and not math.isnan(value))
+
+
+def _numbers_of(config: type["AlgorithmConfig"]) -> dict[str, _Kind]:
+    """Return the settings that are numbers, by name."""
+    found, hints = {}, get_type_hints(config)
+    for field in fields(config):
+        hint, parts = hints[field.name], get_args(hints[field.name])
+        several, optional = get_origin(hint) is tuple, NoneType in parts
+        kind = parts[0] if several or optional else hint
+        if kind in (int, float):
+            found[field.name] = _Kind(kind is int, several, optional)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +85,8 @@ class AlgorithmConfig:
     every: int = 1
 
     def __post_init__(self) -> None:
+        for name, kind in _numbers_of(type(self)).items():
+            kind.check(name, getattr(self, name))
         if self.warm_up < 0 or self.every < 1:
             raise ValueError(f"warm_up must be at least 0 and every at least 1; got {self.warm_up} and {self.every}")
 
@@ -58,6 +99,7 @@ class SearchConfig(AlgorithmConfig):
         ``starts_from``: the model as it is built, or the dense model once it is trained.
         :attr:`trains`: whether the model trains while sizes are searched.
         :attr:`searches_within_budget`: whether one search serves one budget only.
+        :attr:`search_batch`: how many validation examples a search step is given.
         :attr:`least_search_steps`: a plan may be derived after so many.
         :meth:`allocations`: those it tries, each by a training of its own.
         :attr:`same_at_every_budget`: whether it is one and the same model for all budgets.
@@ -100,6 +142,11 @@ class SearchConfig(AlgorithmConfig):
         return False
 
     @property
+    def search_batch(self) -> int | None:
+        """How many validation examples a search step is given; ``None`` for as many as a weight step has."""
+        return None
+
+    @property
     def same_at_every_budget(self) -> bool:
         """Whether its plan, and so the trained model, is the same at every budget that it fits."""
         return False
@@ -125,6 +172,7 @@ class SearchConfig(AlgorithmConfig):
 
         Raises:
             BudgetError: where none is within the budget.
+            SpaceError: where one could not be stored.
         """
         return [self]
 

@@ -69,7 +69,8 @@ class GivenDims(FixedAllocation):
         if unknown is not None:
             known = [path for _, path in names]
             raise SpaceError(f"dims must be of tables of the model; there is no {unknown!r}.{did_you_mean(unknown, known)}")
-        return aligned(session, [given.get(str(spec), given.get(spec.name, spec.dim)) for spec in session.specs])
+        dims = [given.get(str(spec), given.get(spec.name, spec.dim)) for spec in session.specs]
+        return aligned(session.specs, dims, session.space.align)
 
 
 @hookimpl

@@ -46,8 +46,10 @@ class Grid(WholeTableConfig):
 
         Raises:
             BudgetError: where there is none.
+            SpaceError: where one could not be stored.
         """
-        return [Uniform(dim=dim) for dim in self.fitting(tables, budget)]
+        uniform = [Uniform(dim=dim) for dim in self.fitting(tables, budget)]
+        return [same for each in uniform for same in each.allocations(tables, budget, space)]
 
     def fitting(self, tables: Sequence[Table], budget: Budget) -> list[int]:
         """Return the dims of the grid that are within the budget and the widest table.

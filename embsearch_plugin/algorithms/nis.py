@@ -34,7 +34,7 @@ Differences from the paper:
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -75,7 +75,7 @@ class Nis(SearchConfig):
         penalty: lambda, how much R_Q must gain to be worth going over the budget by once the budget.
         lr: learning rate of Adagrad, for the controller and its baseline.
         group: validation examples that share a choice. A whole batch shares one where its examples share looked-up bags, as of
-            common negatives.
+            common negatives. How many groups a batch has is seen at the first; in larger ones, groups share choices in turn.
         score_batches: validation batches on which ``derive`` scores every candidate.
     """
 
@@ -98,7 +98,7 @@ class Nis(SearchConfig):
         super().__post_init__()
         if self.mode not in ("se", "me"):
             raise ValueError(f"mode must be 'se' or 'me'; got {self.mode!r}")
-        if min(self.group, self.score_batches) < 1 or self.lr <= 0 or self.penalty < 0:
+        if min(self.group, self.score_batches) < 1 or not self.lr > 0 or not self.penalty >= 0:
             raise ValueError(
                 "group and score_batches must be at least 1, lr above 0, penalty at least 0; got "
                 f"{self.group}, {self.score_batches}, {self.lr}, {self.penalty}"
@@ -106,17 +106,26 @@ class Nis(SearchConfig):
         quality_of(self.quality)
 
     @property
+    def search_batch(self) -> int | None:
+        """One group where items are ranked: examples share the batch's negatives, and so the choice that these are gated by."""
+        return self.group if str(self.quality).startswith("recall@") else None
+
+    @property
     def searches_within_budget(self) -> bool:
         """The reward depends on the budget."""
         return True
 
     def space(self, given: SearchSpace | None) -> SearchSpace:
-        """Return five equal row blocks by four equal column chunks (4.1.3), where the user asked for nothing else.
+        """Return five equal row blocks by four equal column chunks (4.1.3), where the user asked for no others.
 
-        Fewer, where a table is too small for the space's ``min_block_rows`` or too narrow for its ``align``; chunks that are
-        not quite equal, where its width cannot be cut into four.
+        What a given space has of the default of :class:`SearchSpace` counts as not asked for. Fewer, where a table is too small
+        for the space's ``min_block_rows`` or too narrow for its ``align``; chunks that are not quite equal, where its width
+        cannot be cut into four.
         """
-        return given or SearchSpace(row_blocks=(0.2,) * 5, column_chunks=(0.25,) * 4)
+        others = given or SearchSpace()
+        rows = (0.2,) * 5 if others.row_blocks == SearchSpace.row_blocks else others.row_blocks
+        columns = (0.25,) * 4 if others.column_chunks is None else others.column_chunks
+        return replace(others, row_blocks=rows, column_chunks=columns)
 
     def form(self, table: Table, space: SearchSpace) -> Form:
         """Return the chunks' projections, one below the other."""
@@ -162,8 +171,8 @@ class NisSearch:
         outcome = session.probe.evaluate(batch, choices.gates(heights), config.group)
         limit = max(session.budget.limit(session.original_bytes), 1)  # a share of tiny tables may be less than a byte
         cost = choices.cost(heights, session.budget.unit) / limit
-        reward = self._qualities(outcome).to(drawn.device) - config.penalty * (cost - 1).clamp(min=0)
-        told = ~reward.isnan()
+        quality = self._qualities(outcome).to(drawn.device)
+        told, reward = ~quality.isnan(), quality - config.penalty * (cost - 1).clamp(min=0)
         self.controller.learn(drawn[told], reward[told])
         session.set_gates(choices.mean_gates(self.controller.probabilities()))
         return self._summary(outcome, reward[told], cost)

@@ -10,7 +10,6 @@ Differences from the papers:
     * Dims are drawn from all multiples of the space's ``align`` up to a table's width; AutoDim draws from five candidates.
     * DNIS draws one sequence for blocks of all features; so does this in a ``SearchSpace(scope="global")``. Where rows are cut
       per table, each table has a sequence of its own.
-    * Sixteen draws by default in either mode, so that both are tried equally often.
 
 In a session of its own it is one draw: ``es.Random(draw=3)``. A loop that searches trains a model for each.
 """
@@ -40,7 +39,7 @@ class Random(FixedConfig):
 
     Args:
         by: what a dim is drawn for: each ``"table"``, or each row ``"block"``, in descending order within a table.
-        draws: how many draws are tried.
+        draws: how many draws are tried; by default as many as in the papers.
         draw: the number of one draw, from 0, to try that alone; a session by itself takes the first by default.
         seed: of the draws. A draw is the same for every seed of a run, so that what is chosen on one is used on all.
     """
@@ -48,7 +47,7 @@ class Random(FixedConfig):
     name: ClassVar[str] = "random"
     ranges: ClassVar[Ranges] = {"by": ("table", "block"), "draw": Range(0, 15)}
     by: Literal["table", "block"] = "table"
-    draws: int = 16
+    draws: int | None = None
     draw: int | None = None
     seed: int = 0
 
@@ -56,10 +55,15 @@ class Random(FixedConfig):
         super().__post_init__()
         if self.by not in ("table", "block"):
             raise ValueError(f"by must be 'table' or 'block'; got {self.by!r}")
-        if self.draws < 1 or self.seed < 0 or (self.draw is not None and self.draw < 0):
+        if self.n_draws < 1 or self.seed < 0 or (self.draw is not None and self.draw < 0):
             raise ValueError(
                 f"draws must be at least 1, draw and seed at least 0; got {self.draws}, {self.draw} and {self.seed}"
             )
+
+    @property
+    def n_draws(self) -> int:
+        """How many draws are tried."""
+        return (10 if self.by == "table" else 16) if self.draws is None else self.draws
 
     @property
     def cuts_rows(self) -> bool:
@@ -68,7 +72,7 @@ class Random(FixedConfig):
 
     def allocations(self, tables: Sequence[Table], budget: Budget, space: SearchSpace) -> Sequence[SearchConfig]:
         """Return a config for each draw."""
-        return [replace(self, draw=draw) for draw in range(self.draws)] if self.draw is None else [self]
+        return [replace(self, draw=draw) for draw in range(self.n_draws)] if self.draw is None else [self]
 
     def build(self) -> "RandomSearch":
         """Return the algorithm of one session."""

@@ -14,6 +14,7 @@ from embsearch_plugin.budget import Budget, human_bytes
 from embsearch_plugin.collection import Table
 from embsearch_plugin.errors import BudgetError, SpaceError
 from embsearch_plugin.hookspecs import hookimpl
+from embsearch_plugin.space import SearchSpace
 
 if TYPE_CHECKING:
     from embsearch_plugin.search.session import Session
@@ -40,6 +41,15 @@ class Uniform(WholeTableConfig):
     def same_at_every_budget(self) -> bool:
         """A dim that was asked for does not depend on the budget."""
         return self.dim is not None
+
+    def allocations(self, tables: Sequence[Table], budget: Budget, space: SearchSpace) -> Sequence[SearchConfig]:
+        """Return itself.
+
+        Raises:
+            SpaceError: where the dim that was asked for could not be stored.
+        """
+        aligned(tables, [self.dim or 0] * len(tables), space.align)
+        return [self]
 
     def build(self) -> "UniformSearch":
         """Return the algorithm of one session."""
@@ -71,21 +81,21 @@ def same_dim(session: "Session", dim: int) -> Dims:
     Raises:
         SpaceError: where it is no multiple of the space's ``align``.
     """
-    widths = aligned(session, [dim] * len(session.specs))
+    widths = aligned(session.specs, [dim] * len(session.specs), session.space.align)
     return [(width,) * len(table.blocks.sizes) for table, width in zip(session.tables, widths, strict=True)]
 
 
-def aligned(session: "Session", dims: Sequence[int]) -> list[int]:
+def aligned(specs: Sequence[Table], dims: Sequence[int], align: int) -> list[int]:
     """Return a dim for each table, cut off at its width.
 
     Raises:
-        SpaceError: where one is neither a multiple of the space's ``align`` nor the table's width: it could not be stored.
+        SpaceError: where one is neither a multiple of ``align`` nor the table's width: it could not be stored.
     """
-    widths = [min(dim, spec.dim) for dim, spec in zip(dims, session.specs, strict=True)]
-    for width, spec in zip(widths, session.specs, strict=True):
-        if width % session.space.align and width != spec.dim:
+    widths = [min(dim, spec.dim) for dim, spec in zip(dims, specs, strict=True)]
+    for width, spec in zip(widths, specs, strict=True):
+        if width % align and width != spec.dim:
             raise SpaceError(
-                f"dims must be multiples of align={session.space.align}; got {width} for table {str(spec)!r}.\n"
+                f"dims must be multiples of align={align}; got {width} for table {str(spec)!r}.\n"
                 "  Possible solutions: 1) another dim  2) space=es.SearchSpace(align=1), where no fused kernel needs more."
             )
     return widths

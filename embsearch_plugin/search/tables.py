@@ -68,6 +68,8 @@ class SearchedTables:
         self.blocks: list[RowBlocks] | None = None
         for found, supernet in zip(self.found, self.supernets, strict=True):
             found.replace_in(model, supernet)
+        for old, _ in self.added_tables():
+            old.data = old.data.new_empty(0)  # its numbers are in the new one, and an optimizer may go on holding it
 
     @property
     def device(self) -> torch.device:

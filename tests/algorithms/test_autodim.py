@@ -103,6 +103,18 @@ def test_a_shared_lookup_costs_the_largest_candidate_and_a_separate_one_all_of_t
         assert sum(p.numel() for p in model.collection.parameters()) == 60 * widths[0] + 80 * widths[1] + 7 * widths[2]
 
 
+def test_the_tables_that_were_there_before_take_no_memory_while_others_are_searched() -> None:
+    model = task(ONE_EACH)
+    before = list(model.collection.parameters())
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    session = es.prepare(model, algorithm=es.AutoDim(every=2, candidates=(2, 3)), space=es.SearchSpace(align=1))
+    assert not any(weight.untyped_storage().nbytes() for weight in before)
+    session.attach(optimizer, validation=[ONE_EACH.batch(seed=900)])
+    train(model, optimizer, (ONE_EACH.batch(seed=seed) for seed in range(4)))
+    session.compact(session.derive("70%"))
+    train(model, optimizer, [ONE_EACH.batch(seed=20)])
+
+
 # Eq. 5 and 6
 
 
@@ -372,8 +384,8 @@ def test_a_plan_with_another_dim_is_refused() -> None:
         ({"candidates": (0, 4)}, "positive dims"),
         ({"candidates": (4, 2)}, "ascending"),
         ({"candidates": (2, 2)}, "each once"),
-        ({"candidates": (2.5, 4)}, r"positive dims.*got \(2.5, 4\)"),
-        ({"candidates": "24"}, "positive dims.*got '24'"),
+        ({"candidates": (2.5, 4)}, r"candidates must be whole numbers; got \(2.5, 4\)"),
+        ({"candidates": "24"}, "candidates must be whole numbers; got '24'"),
         ({"lookup": "both"}, "lookup must be 'shared' or 'separate'"),
         ({"transform": "conv"}, "transform 'padding' or 'linear'"),
         ({"lr": 0.0}, "lr must be above 0"),
@@ -387,9 +399,48 @@ def test_settings_that_make_no_sense(settings: dict[str, Any], message: str) -> 
         es.AutoDim(**settings)
 
 
-def test_a_table_narrower_than_every_candidate_is_refused() -> None:
-    with pytest.raises(SpaceError, match="table 'collection.t2' has dim 4, and the candidates are"):
-        es.prepare(task(ONE_EACH), algorithm=es.AutoDim(candidates=(6, 8)))
+@pytest.mark.parametrize("transform", ["padding", "linear"])
+def test_a_table_narrower_than_every_candidate_keeps_its_dim_and_is_left_as_it_is(transform: Any) -> None:
+    model, session, _ = autodim(ONE_EACH, candidates=(6, 8), transform=transform, every=1)
+    features = ONE_EACH.features(40, seed=3)
+    plan = session.derive("70%")
+    narrow = plan.tables[2]
+    assert (narrow.width, narrow.bias, narrow.projection) == (4, False, False)
+    of_narrow = dict(model.eval().collection(features).to_dict())["f2"]
+    table = model.collection.embedding_bags["t2"]
+    jagged = features["f2"]
+    assert torch.allclose(of_narrow, table(jagged.values(), jagged.offsets()), atol=1e-6)
+    session.compact(plan)
+    assert torch.allclose(model.collection(features).to_dict()["f2"], of_narrow, atol=1e-6)
+
+
+def test_tables_that_are_all_narrower_than_every_candidate_leave_nothing_to_search() -> None:
+    model = task(PLAIN)
+    es.prepare(model, algorithm=es.AutoDim(candidates=(16, 32)))
+    with pytest.raises(SpaceError, match=r"the candidates are \[16, 32\], and the tables' dims \[8\]"):
+        model(PLAIN.batch())
+
+
+@pytest.mark.parametrize("algorithm", [es.AutoDim, es.Sam])
+def test_a_padded_search_may_end_in_linear_maps(algorithm: Any) -> None:
+    """III.H: the plan's tables have a map each, which starts as the padding it takes the place of, and is trained."""
+    model, session, optimizer = searched(ONE_EACH, algorithm=algorithm(candidates=(2, 4, 6), maps=True, every=1))
+    plan = session.derive("70%")
+    assert all(table.projection and table.bias for table in plan.tables)
+    features = ONE_EACH.features(40, seed=3)
+    numbers = [
+        max(n for n, c in enumerate(session.form(t).candidates) if c.stored == table.width)
+        for t, table in enumerate(plan.tables)
+    ]
+    session.set_gates([torch.eye(session.form(t).n_gates)[[n]] for t, n in enumerate(numbers)])
+    expected = model.eval().collection(features).values()
+    session.compact(plan)
+    assert relative_error(model.collection(features).values(), expected) <= 1e-5
+    assert stored_bytes(model) == plan.size_bytes
+    maps = [p for name, p in model.named_parameters() if "projection" in name]
+    before = [p.detach().clone() for p in maps]
+    train(model.train(), optimizer, [ONE_EACH.batch(seed=20)])
+    assert len(maps) == 3 and not any(torch.equal(a, b) for a, b in zip(before, maps, strict=True))
 
 
 def test_the_defaults_are_the_papers() -> None:

@@ -210,9 +210,38 @@ def test_single_weights_of_diverged_tables_are_not_pruned(algorithm: Any, bad: f
             session.derive(strict=strict)
 
 
+@pytest.mark.parametrize("fine_grained", [False, True])
+def test_without_a_budget_a_threshold_says_what_is_kept(fine_grained: bool) -> None:
+    """Single weights of at least 0.3; of pairs, columns whose root mean square in the block is, and those before them."""
+    algorithm = es.Magnitude(fine_grained=fine_grained, threshold=0.3)
+    _, session, _ = searched(PLAIN, algorithm=algorithm, space=es.SearchSpace(row_blocks=3, align=1))
+    with torch.no_grad():
+        for table in session.model.collection.parameters():
+            table.copy_(torch.rand(table.shape) * torch.linspace(0.1, 1, 8))
+    plan = session.derive(strict=False)
+    kept = 0
+    for index, table in enumerate(session.tables):
+        weight = session.merged_weight(index)
+        if fine_grained:
+            assert torch.equal(plan.tables[index].mask, weight >= 0.3)
+            continue
+        columns = list(plan.tables[index].columns or range(8))
+        dims = [block.dim for block in plan.tables[index].blocks for _ in range(block.rows)]
+        order = plan.tables[index].order
+        dim_of = dict(zip(range(len(dims)) if order is None else order.tolist(), dims, strict=True))
+        for block in range(3):
+            rows = table.blocks.rows_of(block)
+            (dim,) = {dim_of[row] for row in rows.tolist()}
+            large = weight[rows.long()].square().mean(0).sqrt() >= 0.3
+            assert set(large.nonzero().flatten().tolist()) <= set(columns[:dim])
+            assert dim == 0 or bool(large[columns[dim - 1]])
+            kept += dim
+    assert fine_grained or 0 < kept < 2 * 3 * 8
+
+
 @pytest.mark.parametrize(
     "settings",
-    [{"lr": 0.0}, {"lr": float("nan")}, {"xi": -1.0}, {"threshold": -0.1}, {"epsilon": 0.0}, {"patience": 0}, {"window": 0}],
+    [{"lr": 0.0}, {"xi": -1.0}, {"threshold": -0.1}, {"epsilon": 0.0}, {"patience": 0}, {"window": 0}],
 )
 def test_settings_of_dnis_that_make_no_sense(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"must be .* got .*{next(iter(settings.values()))}"):

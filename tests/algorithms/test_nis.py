@@ -40,7 +40,8 @@ def test_the_papers_search_space_is_the_default() -> None:
     assert space.cut_rows(1000) == (200,) * 5
     assert space.chunk_widths(32) == (8,) * 4
     assert space.chunk_widths(8) == (4, 4)  # chunks are not cut narrower than what is stored
-    assert es.Nis().space(SPACE) is SPACE
+    assert es.Nis().space(SPACE) == SPACE
+    assert es.Nis().space(es.SearchSpace(align=1)).chunk_widths(10) == (2, 3, 3, 2)  # what is not cut otherwise is the paper's
     assert menu(5, 4, "se").shape == (1, 21, 4)
     assert menu(5, 4, "me").shape == (4, 6, 4)
     assert es.SearchSpace(row_blocks=(0.1, 0.2, 0.2, 0.2, 0.3)).cut_rows(1000) == (100, 200, 200, 200, 300)  # 4.2.2
@@ -165,6 +166,11 @@ def test_groups_of_one_class_have_no_auc_and_are_counted() -> None:
     logits = session.algorithm.controller.logits.detach().clone()
     assert session.step(batch) == {}
     assert torch.equal(session.algorithm.controller.logits, logits)
+
+
+def test_a_search_step_has_one_group_where_items_are_ranked() -> None:
+    """A.2.2; elsewhere a validation batch holds several."""
+    assert (es.Nis(quality="recall@1").search_batch, es.Nis().search_batch) == (64, None)
 
 
 @pytest.mark.parametrize("shared", [False, True])

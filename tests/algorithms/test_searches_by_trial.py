@@ -96,6 +96,12 @@ def test_a_uniform_dim_over_the_budget_is_refused_before_anything_is_trained() -
 # Random.
 
 
+def test_random_search_draws_as_often_as_in_the_papers() -> None:
+    tables, budget, space = [Table("", "t", 100, 32, torch.float32, ("f",))], es.Budget.of("50%"), es.SearchSpace()
+    counts = [len(es.Random(**settings).allocations(tables, budget, space)) for settings in ({}, {"by": "block"}, {"draws": 3})]  # type: ignore[arg-type]
+    assert counts == [10, 16, 3]
+
+
 @pytest.mark.parametrize("by", ["table", "block"])
 def test_draws_differ_from_each_other_and_are_the_same_again(by: str) -> None:
     draws = [dims_of(allocated(es.Random(by=by, draw=draw, warm_up=1), "unequal dims")) for draw in range(12)]
@@ -181,6 +187,16 @@ def test_sixteen_settings_as_far_as_the_space_tells_them_apart() -> None:
         (lambda: es.Grid(dims=(0, 4)), "positive and ascending"),
         (lambda: es.Grid(dims=(4, 4)), "no one twice; got .4, 4."),
         (lambda: es.Grid(dims=(8, 4)), "ascending"),
+        (lambda: es.Grid(dims=(4.5, 8)), r"dims must be whole numbers; got \(4.5, 8\)"),
+        (lambda: es.Grid(dims=4), "dims must be whole numbers; got 4"),
+        (lambda: es.Uniform(dim=True), "dim must be a whole number; got True"),
+        (lambda: es.Random(draws=1.5), "draws must be a whole number; got 1.5"),
+        (lambda: es.Magnitude(rounds=1.5), "rounds must be a whole number; got 1.5"),
+        (lambda: es.Spectral(rivals=(1.5,)), r"rivals must be whole numbers; got \(1.5,\)"),
+        (lambda: es.Nis(penalty=float("nan")), "penalty must be a number; got nan"),
+        (lambda: es.Nis(lr="0.1"), "lr must be a number; got '0.1'"),
+        (lambda: es.AutoDim(xi=float("nan")), "xi must be a number; got nan"),
+        (lambda: es.Esapn(losses=2.5), "losses must be a whole number; got 2.5"),
         (lambda: es.Random(draws=0), "draws must be at least 1"),
         (lambda: es.Random(draw=-1), "draw and seed at least 0"),
         (lambda: es.Random(seed=-1), "draw and seed at least 0"),
@@ -189,7 +205,7 @@ def test_sixteen_settings_as_far_as_the_space_tells_them_apart() -> None:
         (lambda: es.Mde(temperatures=(0.5, 1.5)), "lie between 0 and 1"),
         (lambda: es.Mde(temperatures=(0.5, 0.5)), "differ"),
         (lambda: es.Mde(temperature=-0.1), "lie between 0 and 1"),
-        (lambda: es.Mde(temperature=float("nan")), "lie between 0 and 1"),
+        (lambda: es.Mde(temperature=float("nan")), "temperature must be a number; got nan"),
         (lambda: es.Mde(block_counts=()), "block_counts must hold at least one"),
         (lambda: es.Mde(blocks=0), "be at least 1"),
         (lambda: es.Mde(warm_up=-1), "warm_up must be at least 0"),

@@ -52,6 +52,17 @@ def test_the_derived_plan_keeps_the_budget_and_changes_nothing(algorithm: str, w
     assert str(session.derive(budget)) == str(plan)
 
 
+@everywhere
+def test_without_a_budget_the_algorithms_own_rule_makes_a_plan(algorithm: str, world: str) -> None:
+    model, session, optimizer = run(algorithm, world)
+    before = state_of(model, session, optimizer)
+    plan = session.derive(strict=False)
+    assert all(torch.equal(a, b) for a, b in zip(before, state_of(model, session, optimizer), strict=True))
+    assert str(session.derive(strict=False)) == str(plan)
+    session.compact(plan)
+    assert stored_bytes(model) == plan.size_bytes
+
+
 def kept(plan: SizePlan, index: int, width: int) -> Tensor:
     """Which of the columns in plan order each row keeps, bool (V, width): read off the plan's definition."""
     table = plan.tables[index]

@@ -184,6 +184,29 @@ def test_a_model_is_searched_and_rewritten_within_the_budget(config: Any, task: 
     assert last < first
 
 
+QUALITY = {"click": "auc", "rating": "mse", "top-k": "recall@1"}
+
+
+@pytest.mark.parametrize("algorithm", ["nis", "autodim", "sam"])
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+def test_every_searcher_takes_every_model(config: Any, task: Task, algorithm: str) -> None:
+    """Tables of dim 1, beside wider ones, and of one width for factorization machines."""
+    schema, model = schema_of(task), build(config, task)
+    own = es.Nis(warm_up=2, group=8, quality=QUALITY[task.name]) if algorithm == "nis" else None
+    dims = {"candidates": (2, 4), "maps": True, "every": 1}
+    session = es.prepare(model, algorithm=own or {"autodim": es.AutoDim, "sam": es.Sam}[algorithm](**dims), budget="90%")
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    session.attach(optimizer, validation=[batch_of(schema)])
+    train(model, optimizer, (batch_of(schema) for _ in range(6)))
+    plan = session.derive()
+    session.compact(plan)
+    assert stored_bytes(model) == plan.size_bytes <= 0.9 * plan.original_bytes
+    batch = batch_of(schema, 64)
+    first, *_, last = train(model, optimizer, [batch] * 30)
+    assert last < first
+
+
 def tables(model: nn.Module) -> Iterator[nn.EmbeddingBag]:
     return (module for module in model.modules() if isinstance(module, nn.EmbeddingBag))
 

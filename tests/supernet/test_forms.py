@@ -8,6 +8,7 @@ import pytest
 import torch
 from support import PLAIN, SUM, WORLDS, World, default_optimizer, relative_error, stored_bytes, task, train
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchrec.optim import RowWiseAdagrad
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
@@ -17,7 +18,7 @@ from embsearch_plugin.collection import Table
 from embsearch_plugin.compact.fold import Fold
 from embsearch_plugin.errors import UnsupportedCollection
 from embsearch_plugin.fused import FusedEmbeddingBags
-from embsearch_plugin.plan import SizePlan, TablePlan
+from embsearch_plugin.plan import Block, SizePlan, TablePlan
 from embsearch_plugin.search.session import Session
 from embsearch_plugin.supernet.forms import Form, Projection
 
@@ -131,6 +132,23 @@ def test_a_projected_plan_computes_what_the_gated_model_does(world: str, trainin
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert {id(p) for p in model.parameters()} == held  # neither more nor less: the forms are gone
     train(model, optimizer, [WORLDS[world].batch(seed=7)])
+
+
+def test_bags_are_pooled_before_they_are_projected() -> None:
+    """nis.txt, 3.2 (MBOW): a product for each bag, however many ids it holds, in the searched model and in the compact one."""
+    world = WORLDS["bags"]
+    model, session, _ = toy(world)
+    specs, features = session.specs, world.features(50, seed=3)
+    assert len(features.values()) > 1.5 * features.lengths().numel()
+
+    def products(width: int) -> bool:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model.collection(features)
+        return counter.get_total_flops() == sum(2 * 50 * len(spec.features) * width * spec.dim for spec in specs)
+
+    assert products(8)
+    session.compact(SizePlan(tuple(TablePlan(spec, (Block(spec.rows, 4),), projection=True) for spec in specs), 4))
+    assert products(4)
 
 
 @pytest.mark.parametrize("world", ["one id", "bags", "mean", "several features"])

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embsearch_plugin.collection import Table
-from embsearch_plugin.compact.fold import Fold
-from embsearch_plugin.errors import SpaceError
+from embsearch_plugin.compact.fold import UNFOLDED, Fold
 from embsearch_plugin.supernet.forms import Form
 
 Lookup = Literal["shared", "separate"]
@@ -32,20 +31,13 @@ def candidates_of(table: Table, dims: Sequence[int], align: int, lookup: Lookup)
     """Return a table's candidates, by rising dim: those that are not wider than the table.
 
     A dim is stored as the next multiple of ``align`` (or the table's own, if that is less). Candidates share columns, or lie
-    side by side.
-
-    Raises:
-        SpaceError: where every candidate is wider than the table.
+    side by side. None where all are wider than the table.
     """
-    fitting = [dim for dim in dims if dim <= table.dim]
-    if not fitting:
-        raise SpaceError(
-            f"a candidate dim must not be larger than its table's; table {str(table)!r} has dim {table.dim}, and the "
-            f"candidates are {list(dims)}.\n  Possible solutions: 1) candidates that start at {table.dim} or less  "
-            "2) a wider table."
-        )
-    found, start = [], 0
-    for dim in fitting:
+    found: list[Candidate] = []
+    start = 0
+    for dim in dims:
+        if dim > table.dim:
+            break
         found.append(Candidate(dim, min(-(-dim // align) * align, table.dim), start))
         start += found[-1].stored if lookup == "separate" else 0
     return tuple(found)
@@ -91,9 +83,13 @@ class CandidateForm(Form):
     Args:
         dim: D.
         candidates: N of them.
+
+    Attributes:
+        shifts: whether what a candidate computes has a bias.
     """
 
     weighs: ClassVar[bool] = True
+    shifts: ClassVar[bool] = True
 
     def __init__(self, dim: int, candidates: Sequence[Candidate]) -> None:
         super().__init__(max(c.start + c.stored for c in candidates), len(candidates))
@@ -102,6 +98,23 @@ class CandidateForm(Form):
     def fold(self, number: int) -> Fold:
         """Return what one candidate alone computes in evaluation, of its stored columns."""
         raise NotImplementedError
+
+
+class OwnDim(CandidateForm):
+    """A table without a choice, since every candidate is wider: it keeps its dim, and is left as it is."""
+
+    shifts: ClassVar[bool] = False
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, [Candidate(dim, dim, 0)])
+
+    def forward(self, pooled: Tensor, gates: Tensor) -> Tensor:
+        """Return what is pooled (n, D)."""
+        return pooled
+
+    def fold(self, number: int) -> Fold:
+        """The columns are the plan's own."""
+        return UNFOLDED
 
 
 def _unrounded(values: Tensor) -> torch.autocast:
@@ -137,9 +150,11 @@ class PaddedCandidates(CandidateForm):
             return self._added(self.norm(pooled) * (gates @ self.reads))
 
     @classmethod
-    def together(cls, forms: Sequence[Form], pooled: Tensor, gates: Sequence[Tensor]) -> Tensor:
+    def together(cls, forms: Sequence[Form], pooled: Tensor, gates: Sequence[Tensor]) -> Tensor | None:
         """Norm and weigh the columns of all tables at once."""
         padded = [form for form in forms if isinstance(form, PaddedCandidates)]
+        if len(padded) < len(forms):
+            return None
         with _unrounded(pooled):
             weights = torch.cat([(gate @ form.reads)[0] for form, gate in zip(padded, gates, strict=True)])
             weighed = BatchNorm.together([form.norm for form in padded], pooled, weights)

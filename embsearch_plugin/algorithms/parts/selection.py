@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from embsearch_plugin.algorithms.base import SearchConfig
-from embsearch_plugin.algorithms.parts.candidates import FORMS, CandidateForm, Lookup, candidates_of
+from embsearch_plugin.algorithms.parts.candidates import FORMS, CandidateForm, Lookup, OwnDim, candidates_of
 from embsearch_plugin.algorithms.parts.scoring import losses
 from embsearch_plugin.budget import Budget, Option, TableOptions, allocate
 from embsearch_plugin.collection import Table
 from embsearch_plugin.compact.fold import UNFOLDED, Fold
-from embsearch_plugin.errors import PlanError
+from embsearch_plugin.errors import PlanError, SpaceError
 from embsearch_plugin.hookspecs import hookimpl
 from embsearch_plugin.plan import Block, SizePlan, TablePlan
 from embsearch_plugin.ranges import Range, Ranges
@@ -33,6 +33,8 @@ class CandidateDims(SearchConfig):
         lookup: ``"shared"`` candidates are the first columns of one table, as wide as the largest; ``"separate"`` ones have
             columns of their own, side by side in one table (II.B.1).
         transform: to the table's width by zero ``"padding"`` or a ``"linear"`` layer per candidate (II.B.2).
+        maps: whether the plan's tables get a linear map each, also where the search pads: what III.H advises for factorization
+            machines and other models that need one width.
         lr: learning rate of Adam for the weights of the candidates (III.B).
         scored_on: validation batches on which ``derive`` scores candidates to meet a budget; it takes about as many forwards
             as tables x candidates x batches.
@@ -48,20 +50,20 @@ class CandidateDims(SearchConfig):
     candidates: tuple[int, ...] = (2, 4, 6, 8, 10)
     lookup: Lookup = "shared"
     transform: Literal["padding", "linear"] = "padding"
+    maps: bool = False
     lr: float = 0.01
     scored_on: int = 4
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        dims = self.candidates if isinstance(self.candidates, tuple | list) else ()
-        if not dims or any(type(dim) is not int or dim < 1 for dim in dims) or list(dims) != sorted(set(dims)):
+        if not self.candidates or self.candidates[0] < 1 or list(self.candidates) != sorted(set(self.candidates)):
             raise ValueError(f"candidates must be positive dims, each once, ascending, as (2, 4, 8); got {self.candidates!r}")
         if self.lookup not in ("shared", "separate") or self.transform not in FORMS:
             raise ValueError(
                 "lookup must be 'shared' or 'separate', and transform 'padding' or 'linear'; "
                 f"got {self.lookup!r} and {self.transform!r}"
             )
-        if self.lr <= 0 or self.scored_on < 1:
+        if not (self.lr > 0 and self.scored_on >= 1):
             raise ValueError(f"lr must be above 0 and scored_on at least 1; got {self.lr} and {self.scored_on}")
 
     @property
@@ -80,7 +82,8 @@ class CandidateDims(SearchConfig):
 
     def form(self, table: Table, space: SearchSpace) -> CandidateForm:
         """Return what weighs a table's candidates."""
-        return FORMS[self.transform](table.dim, candidates_of(table, self.candidates, space.align, self.lookup))
+        candidates = candidates_of(table, self.candidates, space.align, self.lookup)
+        return FORMS[self.transform](table.dim, candidates) if candidates else OwnDim(table.dim)
 
 
 class CandidateSearch:
@@ -117,13 +120,14 @@ class CandidateSearch:
         dims = [candidate.stored for candidate in chosen]
         if budget is not None:
             dims = self._within(session, budget, dims)
-        plans = [self._plan(spec, dim) for spec, dim in zip(session.specs, dims, strict=True)]
+        plans = [self._plan(*each) for each in zip(session.specs, _forms(session), dims, strict=True)]
         return SizePlan(tuple(plans), session.space.align)
 
     @hookimpl
     def embsearch_fold(self, session: "Session", plan: SizePlan) -> Sequence[Fold]:
         """What a plan's columns are: those of the largest candidate that is stored in as many."""
-        return [_fold(form, table) for form, table in zip(_forms(session), plan.tables, strict=True)]
+        device = session.gates[0].device
+        return [_fold(form, table, device) for form, table in zip(_forms(session), plan.tables, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the vectors, their Adam's state, and that of the random numbers."""
@@ -146,6 +150,12 @@ class CandidateSearch:
         """Give all candidates of a table the same probability."""
         if self._optimizer is None:
             self._random.manual_seed(session.seed)
+            if all(isinstance(form, OwnDim) for form in _forms(session)):
+                ours, theirs = list(self.config.candidates), sorted({spec.dim for spec in session.specs})
+                raise SpaceError(
+                    f"a table must be as wide as a candidate at least; the candidates are {ours}, and the tables' dims "
+                    f"{theirs}.\n  Possible solutions: 1) smaller candidates  2) wider tables."
+                )
             numbers = [form.n_gates for form in _forms(session)]
             vectors = torch.zeros(len(numbers), max(numbers))
             for row, number in zip(vectors, numbers, strict=True):
@@ -183,13 +193,14 @@ class CandidateSearch:
         found = losses(session, reference, alternatives, self.config.scored_on)
         options: list[list[Option]] = [[] for _ in forms]
         for (table, dim), loss in zip(places, found, strict=True):
-            plan = self._plan(session.specs[table], dim)
+            plan = self._plan(session.specs[table], forms[table], dim)
             options[table].append(Option(dim, plan.size_bytes if budget.unit == "bytes" else plan.n_params, -loss))
         tables = [TableOptions(str(spec), tuple(ways)) for spec, ways in zip(session.specs, options, strict=True)]
         return [dim for (dim,) in allocate(tables, budget.limit(session.original_bytes), budget.unit)]
 
-    def _plan(self, spec: Table, dim: int) -> TablePlan:
-        return TablePlan(spec, (Block(spec.rows, dim),), projection=self.config.transform == "linear", bias=True)
+    def _plan(self, spec: Table, form: CandidateForm, dim: int) -> TablePlan:
+        maps = form.shifts and (self.config.maps or self.config.transform == "linear")
+        return TablePlan(spec, (Block(spec.rows, dim),), projection=maps, bias=form.shifts)
 
 
 def temperature(step: int) -> float:
@@ -207,7 +218,7 @@ def _by_stored(form: CandidateForm) -> dict[int, int]:
     return {candidate.stored: number for number, candidate in enumerate(form.candidates)}
 
 
-def _fold(form: CandidateForm, plan: TablePlan) -> Fold:
+def _fold(form: CandidateForm, plan: TablePlan, device: torch.device) -> Fold:
     if not plan.width:
         return UNFOLDED
     numbers = _by_stored(form)
@@ -216,4 +227,7 @@ def _fold(form: CandidateForm, plan: TablePlan) -> Fold:
             f"a plan of this search has the dims {sorted(numbers)} for table {str(plan.table)!r}; got {plan.width}.\n"
             "  Possible solution: es.apply the plan to a fresh model instead."
         )
-    return form.fold(numbers[plan.width])
+    fold = form.fold(numbers[plan.width])
+    if plan.projection and fold.projection is None:  # what was padded is mapped from now on, at first by the identity
+        return replace(fold, projection=torch.eye(plan.width, plan.table.dim, device=device))
+    return fold
