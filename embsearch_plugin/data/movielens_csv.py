@@ -6,7 +6,7 @@ movies.csv    movieId,title,genres                 Genre|Genre
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import polars as pl
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from embsearch_plugin.data.csv_file import Chunk, read_chunks
 from embsearch_plugin.data.dataset import Field, Schema, Split, SplitBy, TabularDataset, random_split, time_split
+from embsearch_plugin.data.interactions import Ratings, rating_dataset
 from embsearch_plugin.data.movielens import standardise
 from embsearch_plugin.data.vocabulary import encode_frequent, encode_parts
 
@@ -28,14 +29,16 @@ THURSDAY = 3  # the first of January 1970
 
 @dataclass(frozen=True)
 class MovieLensCsv:
-    """Will a user like a movie? The label is 1 for ``threshold`` stars or more. ``path`` is the folder of the files.
+    """Users and movies. ``path`` is the folder of the files; ``task`` is what is asked of them.
 
-    Categorical: user, movie, hour of the day (UTC) and day of the week (Monday is 0); and genres, several values, where there
-    is a movies.csv. Users and movies with fewer than ``min_count`` ratings in the training split share id 0, and so do those
-    that only other splits have.
+    ``click``: will a user like a movie? The label is 1 for ``threshold`` stars or more. Categorical: user, movie, hour of the
+    day (UTC) and day of the week (Monday is 0); and genres, several values, where there is a movies.csv. Users and movies with
+    fewer than ``min_count`` ratings in the training split share id 0, and so do those that only other splits have.
 
     Dense, 2 numbers: log(1 + n) for the n earlier ratings of the user, and of the movie, standardised with the mean and the
     standard deviation of the training split. That is what was known when the rating was given, whatever the split.
+
+    ``rating``: how many stars will she give? Two fields, user and movie, as in dnis.txt, 3.1: those that occur. No numbers.
 
     The ratings are split into the fractions ``split``: by ``time``, so that a model is validated and tested on what came
     after its training split, or at ``random``, as ``seed`` decides.
@@ -46,7 +49,8 @@ class MovieLensCsv:
         split_by: by time, or at random.
         seed: of a random split.
         threshold: the least stars of a like.
-        min_count: users and movies that occur less often share an id.
+        min_count: users and movies that occur less often share an id, for clicks.
+        task: what is asked.
     """
 
     name: ClassVar[str] = "movielens-csv"
@@ -57,6 +61,11 @@ class MovieLensCsv:
     seed: int = 0
     threshold: float = 4.0
     min_count: int = 2
+    task: Literal["click", "rating"] = "click"
+
+    def __post_init__(self) -> None:
+        if self.task not in ("click", "rating"):
+            raise ValueError(f"task must be 'click' or 'rating' for movielens-csv; got {self.task!r}")
 
     def load(self) -> TabularDataset:
         """Read the files; a million ratings take about a second.
@@ -68,6 +77,11 @@ class MovieLensCsv:
         movies = _read_movies(folder / "movies.csv") if (folder / "movies.csv").exists() else None
         ratings = read_ratings(folder / "ratings.csv", movies)
         splits = self._split(ratings["timestamp"].to_numpy())
+        if self.task == "rating":
+            return rating_dataset(_log(ratings), "movie", splits)
+        return self._clicks(ratings, movies, splits)
+
+    def _clicks(self, ratings: pl.DataFrame, movies: pl.DataFrame | None, splits: dict[Split, Tensor]) -> TabularDataset:
         train = splits["train"].numpy()
         columns, bags = self._columns(ratings, train), {}
         if movies is not None:
@@ -138,6 +152,13 @@ def _ratings(chunk: Chunk, movies: pl.DataFrame | None) -> pl.DataFrame:
         at = columns[1].replace_strict(movies["movieId"], range(len(movies)), default=None, return_dtype=pl.Int32)
         columns.append(chunk.require("movieId", at, "a movie of movies.csv").alias("at"))
     return pl.DataFrame(columns)
+
+
+def _log(ratings: pl.DataFrame) -> Ratings:
+    (users, user), (movies, movie) = (np.unique(ratings[key], return_inverse=True) for key in ("userId", "movieId"))
+    rows_of_users, rows_of_movies = ({str(name): row for row, name in enumerate(n.tolist())} for n in (users, movies))
+    stars = torch.from_numpy(ratings["rating"].to_numpy(writable=True))
+    return Ratings(rows_of_users, rows_of_movies, torch.from_numpy(np.column_stack([user, movie])), stars)
 
 
 def _integer(column: str) -> pl.Expr:

@@ -11,6 +11,7 @@ import torch
 from embsearch_plugin.data import csv_file
 from embsearch_plugin.data.movielens_csv import MovieLensCsv, write_sample
 from embsearch_plugin.errors import DataError
+from embsearch_plugin.tasks import RATING
 
 RATINGS = """userId,movieId,rating,timestamp
 7,50,4.0,1362062307
@@ -95,6 +96,22 @@ def test_ids_and_numbers_equal_a_slow_reference(tmp_path: Path, split_by: str, m
     np.testing.assert_allclose(data.dense, standard, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("split_by", ["time", "random"])
+def test_the_stars_themselves_may_be_asked_for(tmp_path: Path, split_by: str) -> None:
+    write_sample(tmp_path, ratings=500)
+    data = MovieLensCsv(str(tmp_path), split_by=split_by, task="rating").load()
+    lines = [line.split(",") for line in (tmp_path / "ratings.csv").read_text().splitlines()[1:]]
+    assert data.schema.task is RATING and [field.name for field in data.schema.fields] == ["user", "movie"]
+    assert [field.rows for field in data.schema.fields] == [len({line[0] for line in lines}), len({line[1] for line in lines})]
+    assert data.labels.tolist() == [float(line[2]) for line in lines]
+    for column in (0, 1):
+        seen = {(line[column], int(row)) for line, row in zip(lines, data.ids[:, column], strict=True)}
+        assert len(seen) == data.schema.fields[column].rows  # one row for each, and each row once
+        assert len({row for _, row in seen}) == len(seen)
+    clicks = MovieLensCsv(str(tmp_path), split_by=split_by).load()
+    assert all(torch.equal(data.splits[name], clicks.splits[name]) for name in data.splits)
+
+
 def test_by_time_nothing_of_later_splits_is_known_before(tmp_path: Path) -> None:
     """Whatever is rated, and how, after the training split: no training example changes."""
     write_sample(tmp_path, ratings=400)
@@ -174,6 +191,11 @@ def test_the_end_of_lines_does_not_matter(tmp_path: Path) -> None:
     for name, text in (("ratings", RATINGS), ("movies", MOVIES)):
         (tmp_path / f"{name}.csv").write_bytes(text.replace("\n", "\r\n").encode())
     assert MovieLensCsv(str(tmp_path)).load().fingerprint() == data.fingerprint()
+
+
+def test_a_task_that_the_files_do_not_serve_is_named() -> None:
+    with pytest.raises(ValueError, match="task must be 'click' or 'rating' for movielens-csv; got 'top-k'"):
+        MovieLensCsv("folder", task="top-k")  # type: ignore[arg-type]
 
 
 def test_missing_files_and_files_without_lines_are_named(tmp_path: Path) -> None:
