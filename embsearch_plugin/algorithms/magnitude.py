@@ -11,7 +11,7 @@ Differences from Han et al.:
     * Embedding tables only.
     * What is kept is chosen by one exact allocation, or one threshold, over all tables within a budget. They prune each layer
       by a threshold of its own, a hand-tuned factor times the standard deviation of its weights.
-    * (Row block, column) pairs by default; ``fine_grained`` prunes single weights as they do, but in one shot only.
+    * (Row block, column) pairs by default; ``fine_grained`` prunes single weights as they do.
     * Fine-tuning keeps the learning rate of the training, where they lower it; a recipe's ``tune`` tries several.
 """
 
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from embsearch_plugin.algorithms.base import SearchConfig
-from embsearch_plugin.algorithms.parts.pruning import kept_pairs, prune_pairs, prune_weights
+from embsearch_plugin.algorithms.parts.pruning import kept_pairs, kept_weights, prune_pairs, prune_weights
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.hookspecs import hookimpl
 from embsearch_plugin.plan import SizePlan
@@ -34,7 +34,7 @@ class Magnitude(SearchConfig):
     """Settings of magnitude pruning.
 
     Args:
-        fine_grained: prune single weights instead of (block, column) pairs; in one shot only.
+        fine_grained: prune single weights instead of (block, column) pairs; in rounds only where tables are plain parameters.
         threshold: the smallest magnitude that is kept where no budget is (``derive(strict=False)``).
         rounds: prune so many times, ``every`` weight steps apart, the first time after ``warm_up`` weight steps.
     """
@@ -47,8 +47,8 @@ class Magnitude(SearchConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rounds < 1 or (self.rounds > 1 and self.fine_grained):
-            raise ValueError(f"rounds must be at least 1, and 1 where fine_grained; got {self.rounds}")
+        if self.rounds < 1:
+            raise ValueError(f"rounds must be at least 1; got {self.rounds}")
         if not self.threshold >= 0:
             raise ValueError(f"threshold must be at least 0; got {self.threshold}")
 
@@ -83,18 +83,23 @@ class Magnitude(SearchConfig):
 
 
 class MagnitudeSearch:
-    """Magnitude pruning in one session. In one shot its gates stay at one; in rounds a gate that is closed stays closed."""
+    """Magnitude pruning in one session. In one shot all stays as it is; in rounds what is removed stays removed."""
 
     def __init__(self, config: Magnitude) -> None:
         self.config = config
 
     @hookimpl
     def embsearch_search_step(self, session: "Session") -> Mapping[str, float]:
-        """Close the gates of what this round removes; with one round there is nothing to do before the end."""
+        """Remove what this round removes; with one round there is nothing to do before the end."""
         done = session.search_steps + 1
         if self.config.rounds == 1 or done > self.config.rounds:
             return {}
-        left = kept_pairs(session, _ceiling(session, done / self.config.rounds))
+        ceiling = _ceiling(session, done / self.config.rounds)
+        if self.config.fine_grained:
+            masks = kept_weights(session, ceiling)
+            session.keep_weights(masks)
+            return {"weights_kept": sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)}
+        left = kept_pairs(session, ceiling)
         gates = [gate * kept for gate, kept in zip(session.gates, left, strict=True)]
         session.set_gates(gates)
         return {"gates_open": sum(float(gate.sum()) for gate in gates) / sum(gate.numel() for gate in gates)}

@@ -142,6 +142,14 @@ class Session:
         """
         self._tables.use_gates(gates, group)
 
+    def keep_weights(self, kept: Sequence[Tensor]) -> None:
+        """Let only these single weights take part from now on, per table bool (V, W); the others are zero, and do not train.
+
+        Raises:
+            UnsupportedCollection: where tables are fused or sharded.
+        """
+        self._tables.keep_weights(kept)
+
     def form(self, table: int) -> Form:
         """Return what follows a table's lookup, as the config's ``form`` made it."""
         return self._tables.form(table)
@@ -399,6 +407,7 @@ class Session:
         for supernet in self._tables.supernets:
             supernet.fuse()  # where no forward has run yet
         more = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+        self._tables.remove_pruned()
         orphans = rewrite(self.model, self._tables, plan, self.folds(plan), list(dict.fromkeys([*self._optimizers, *more])))
         if orphans:
             log.warning(
@@ -445,6 +454,7 @@ class Session:
             "ranking": self._ranking.state_dict(),
             "blocks": None if blocks is None else [{"sizes": b.sizes, "order": b.order} for b in blocks],
             "gates": None if blocks is None else self.gates,
+            "kept": self._tables.kept,
             "validation": None if self._validation is None else self._validation.state_dict(),
         }
 
@@ -468,6 +478,7 @@ class Session:
         if state["blocks"] is not None:
             self._tables.cut([RowBlocks(tuple(b["sizes"]), b["order"]) for b in state["blocks"]])
             self.set_gates(state["gates"])
+            self.keep_weights(state["kept"])
         self._started = state["blocks"] is not None
         self.algorithm.load_state_dict(move(state["algorithm"], self._tables.device))
         if self._validation is not None and state["validation"] is not None:

@@ -124,6 +124,23 @@ class SearchedTables:
         for supernet, part in zip(self.supernets, self.split(gates), strict=True):
             supernet.set_gates([gate.detach() for gate in part])
 
+    @property
+    def kept(self) -> list[Tensor]:
+        """Which single weights take part, per table bool (V, W); empty where all do."""
+        return [mask for supernet in self.supernets for mask in supernet.kept]
+
+    def keep_weights(self, kept: Sequence[Tensor]) -> None:
+        """Let only these single weights take part, per table bool (V, W)."""
+        for supernet, part in zip(self.supernets, self.split(kept), strict=True):
+            supernet.keep_weights(part)
+
+    @torch.no_grad()
+    def remove_pruned(self) -> None:
+        """Write zero where weights take no part: an optimizer's momentum may have moved them since."""
+        for index, mask in enumerate(self.kept):
+            ((_, _, weight),) = self.weight_pieces(index)
+            weight.mul_(mask)
+
     def use_gates(self, gates: Sequence[Tensor] | None, group: int) -> None:
         """Use ``gates``, per table (S, C) or (N, S, C), in training forwards from now on; ``None`` for those written."""
         for supernet, part in zip(self.supernets, self.split(gates or [None] * len(self.specs)), strict=True):
@@ -220,7 +237,8 @@ class SearchedTables:
             )
         ((_, _, weight),) = self.weight_pieces(table)
         lookup = self._lookup(table).to(weight.device)
-        return weight.detach().float() * self._row_gates(table).index_select(0, lookup)
+        merged = weight.detach().float() * self._row_gates(table).index_select(0, lookup)
+        return merged * self.kept[table] if self.kept else merged
 
     def block_energy(self, table: int) -> Tensor:
         """Return the sum of squares of the merged weights, per row block and column: float64 (S, W)."""

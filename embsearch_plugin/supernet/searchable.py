@@ -20,6 +20,7 @@ from math import prod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
@@ -30,6 +31,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from embsearch_plugin import distributed
 from embsearch_plugin.autocast import Autocast
 from embsearch_plugin.collection import Table
+from embsearch_plugin.errors import UnsupportedCollection
 from embsearch_plugin.fused import FusedEmbeddingBags, requested
 from embsearch_plugin.space import RowBlocks
 from embsearch_plugin.supernet.bags import (
@@ -107,6 +109,7 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self.bags = 0  # per feature, of the last forward: examples, unless the model looks up more for each
         self.group = 1  # examples that share gates, where gates are those of groups
         self._virtual: VirtualRows | None = None
+        self._kept: list[Tensor] = []  # per table (V, W): the single weights that take part; empty where all do
         self.captured: list[Captured] | None = None  # outputs, while a gradient is wanted there
         self.smallest_batch = 1
         self._pieces: Pieces | None = None
@@ -160,6 +163,24 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             return gates.new_ones(len(gates), self._widths[table])
         return gates
 
+    def keep_weights(self, kept: Sequence[Tensor]) -> None:
+        """Let only these single weights take part, per table bool (V, W); the others are looked up as zero, and do not train.
+
+        Raises:
+            UnsupportedCollection: where tables are fused or sharded: their kernels look up whole rows.
+        """
+        if kept and not self.is_plain:
+            raise UnsupportedCollection(
+                "single weights can be left out of tables only that are plain parameters; these are fused or sharded.\n"
+                "  Possible solutions: 1) train without fused= on one device  2) an algorithm that prunes blocks and columns."
+            )
+        self._kept = [mask.to(self.device) for mask in kept]
+
+    @property
+    def kept(self) -> list[Tensor]:
+        """Which single weights take part, per table bool (V, W); empty where all do."""
+        return self._kept
+
     def form_parameters(self, table: int) -> list[nn.Parameter]:
         """Return the parameters of a table's form."""
         return list(self.forms[table].parameters()) if len(self.forms) else []
@@ -184,6 +205,7 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self._gates = [gate.to(self.device) for gate in self._gates]
         self.next_gates = None
         self._blocks = [block.to(self.device) for block in self._blocks]
+        self._kept = [mask.to(self.device) for mask in self._kept]
         return self
 
     def fuse(self) -> None:
@@ -253,8 +275,8 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
 
     def _gated(self, features: KeyedJaggedTensor) -> Tensor:
         """Return what is looked up, gated where gates multiply rows: (B, sum of widths)."""
-        if self._virtual is not None:
-            return self._pool_virtual(features, self._virtual)
+        if self._virtual is not None or self._kept:
+            return self._pool_by_row(features)
         if self.weighs or self._pieces is None:
             return torch.cat([look_up() for _, look_up in self._lookups(features)], 1)
         if has_long_bags(features):
@@ -361,18 +383,26 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             cells.append(cell)
         return cells, digits, size
 
-    def _pool_virtual(self, features: KeyedJaggedTensor, rows: VirtualRows) -> Tensor:
+    def _pool_by_row(self, features: KeyedJaggedTensor) -> Tensor:
+        """Look up row by row, gate and pool: (B, sum of dims). For what no kernel does, with operations that can be slow."""
         pooled, bags = [], features.to_dict()
         for slot in self.slots:
-            weight, ids = self.table_weight(slot.table), bags[slot.feature].values()
-            looked_up = rows.lookup((id(self), slot.table), weight, ids).float()
-            if self.weighs:
-                gated = looked_up
-            else:
-                gated = looked_up * self._used[slot.table].index_select(0, self._blocks_of(slot, ids).long())
-            weights = bags[slot.feature].weights_or_none() if self.is_weighted() else None
-            pooled.append(_pool(gated, bags[slot.feature].lengths().long(), weights, slot.mean))
+            bag = bags[slot.feature]
+            gates = None if self.weighs else self._used[slot.table].index_select(0, self._blocks_of(slot, bag.values()).long())
+            rows = self._rows(slot.table, bag.values())
+            weights = bag.weights_or_none() if self.is_weighted() else None
+            pooled.append(_pool(rows if gates is None else rows * gates, bag.lengths().long(), weights, slot.mean))
         return torch.cat(pooled, dim=1)
+
+    def _rows(self, table: int, ids: Tensor) -> Tensor:
+        """Return rows, float32 (n, W): as a virtual weight step moved them, and without the weights that take no part."""
+        weight = self.table_weight(table)
+        if self._virtual is not None:
+            rows = self._virtual.lookup((id(self), table), weight, ids)
+        else:
+            sparse = bool(self.inner.embedding_bags[self.tables[table].name].sparse)
+            rows = F.embedding(ids, weight if self._candidates is None else weight.detach(), sparse=sparse)
+        return rows.float() * self._kept[table].index_select(0, ids) if self._kept else rows.float()
 
     def _check(self, features: KeyedJaggedTensor) -> None:
         ids = ids_of(features)

@@ -6,12 +6,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import PLAIN, WORLDS, relative_error, searched, stored_bytes, train
+from support import PLAIN, WORLDS, relative_error, searched, stored_bytes, task, train
 
 import embsearch_plugin as es
 from embsearch_plugin.algorithms.uniform import largest_dim
+from embsearch_plugin.bench.workload import FUSED
 from embsearch_plugin.collection import Table
-from embsearch_plugin.errors import BudgetError, SpaceError
+from embsearch_plugin.errors import BudgetError, SpaceError, UnsupportedCollection
+from embsearch_plugin.plan import fine_index_bytes
 
 
 @given(
@@ -124,8 +126,75 @@ def test_iterative_pruning_closes_gates_round_by_round_and_never_opens_one(world
     assert {float(value) for gate in session.gates for value in gate.unique()} == {0.0, 1.0}
 
 
-def test_what_an_iterative_search_pruned_is_what_its_plan_leaves_out() -> None:
-    model, session, _ = searched(PLAIN, steps=14, algorithm=es.Magnitude(warm_up=2, every=4, rounds=3), budget="40%")
+@pytest.mark.parametrize("world", ["one id", "bags", "mean", "weighted", "several features"])
+def test_iterative_pruning_of_single_weights_lowers_their_number_and_never_takes_one_back(world: str) -> None:
+    algorithm = es.Magnitude(warm_up=2, every=3, rounds=3, fine_grained=True)
+    model, session, optimizer = searched(WORLDS[world], steps=2, algorithm=algorithm, budget="30%")
+    before = None
+    for number in range(session.search_steps, 3):
+        session.step(WORLDS[world].batch(seed=number))
+        kept = session.state_dict()["kept"]
+        counts = [int(mask.sum()) for mask in kept]
+        cost = sum(4 * n + fine_index_bytes(spec, n) for spec, n in zip(session.specs, counts, strict=True))
+        assert 0.9 < cost / (0.3 ** ((number + 1) / 3) * session.original_bytes) <= 1
+        assert before is None or all(bool((now <= then).all()) for now, then in zip(kept, before, strict=True))
+        before = [mask.clone() for mask in kept]
+        train(model, optimizer, [WORLDS[world].batch(seed=100 + number)])
+    assert len(session.state_dict()["kept"]) == len(session.specs)
+    plan = session.derive("90%")  # more than is left: what was removed stays so
+    assert all(bool((table.mask <= mask).all()) for table, mask in zip(plan.tables, before, strict=True))
+
+
+@pytest.mark.parametrize("world", ["one id", "bags", "mean", "weighted", "several features", "half"])
+def test_weights_that_take_no_part_are_zero_and_have_no_gradient(world: str) -> None:
+    """Output and gradients are those of a collection whose table holds zero there, with its gradient masked."""
+    model, session, _ = searched(WORLDS[world])
+    original = WORLDS[world].collection()
+    kept = [torch.rand(spec.rows, spec.dim) < 0.6 for spec in session.specs]
+    for index, (spec, mask) in enumerate(zip(session.specs, kept, strict=True)):
+        original.embedding_bags[spec.name].weight.data.copy_(session.merged_weight(index) * mask)
+    session.set_gates([torch.ones_like(gate) for gate in session.gates])
+    for index, spec in enumerate(session.specs):
+        model.collection.embedding_bags[spec.name].weight.data.copy_(original.embedding_bags[spec.name].weight.data)
+        model.collection.embedding_bags[spec.name].weight.data.masked_fill_(~kept[index], 7.0)
+    session.keep_weights(kept)
+    model.zero_grad()
+    features = WORLDS[world].features(60, seed=500)
+    outputs = [collection.train()(features).values() for collection in (model.collection, original)]
+    factors = torch.randn(outputs[0].shape)
+    for output in outputs:
+        (output.float() * factors).sum().backward()
+    close = {"rtol": 1e-2, "atol": 1e-2} if world == "half" else {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(outputs[0].float(), outputs[1].float(), **close)
+    for spec, mask in zip(session.specs, kept, strict=True):
+        got, expected = (each.embedding_bags[spec.name].weight.grad for each in (model.collection, original))
+        torch.testing.assert_close(got.float(), expected.float() * mask, **close)
+
+
+def test_pruning_in_rounds_goes_on_from_a_state() -> None:
+    algorithm = es.Magnitude(warm_up=2, every=3, rounds=3, fine_grained=True)
+    model, session, _ = searched(PLAIN, steps=9, algorithm=algorithm, budget="30%")
+    other, second, _ = searched(PLAIN, steps=0, algorithm=algorithm, budget="30%")
+    other.load_state_dict(model.state_dict())
+    second.load_state_dict(session.state_dict())
+    batch = PLAIN.batch(seed=5)
+    assert torch.equal(model.eval()(batch)[0], other.eval()(batch)[0])
+    assert str(session.derive()) == str(second.derive())
+
+
+def test_single_weights_of_fused_tables_cannot_be_pruned_in_rounds() -> None:
+    model = task(PLAIN)
+    session = es.prepare(model, algorithm=es.Magnitude(warm_up=1, rounds=2, fine_grained=True), fused=FUSED)
+    optimizer = torch.optim.Adam(model.parameters())
+    session.attach(optimizer, validation=[PLAIN.batch(seed=9)])
+    with pytest.raises(UnsupportedCollection, match="plain parameters; these are fused or sharded"):
+        train(model, optimizer, [PLAIN.batch(seed=i) for i in range(3)])
+
+
+@pytest.mark.parametrize("fine", [False, True])
+def test_what_an_iterative_search_pruned_is_what_its_plan_leaves_out(fine: bool) -> None:
+    algorithm = es.Magnitude(warm_up=2, every=4, rounds=3, fine_grained=fine)
+    model, session, _ = searched(PLAIN, steps=14, algorithm=algorithm, budget="40%")
     batch = PLAIN.batch(seed=77)
     model.eval()
     before = model(batch)[1][1]
@@ -135,9 +204,13 @@ def test_what_an_iterative_search_pruned_is_what_its_plan_leaves_out() -> None:
     assert relative_error(model(batch)[1][1], before) < 1e-5
 
 
-def test_pruned_weights_do_not_train() -> None:
-    model, session, optimizer = searched(PLAIN, steps=3, algorithm=es.Magnitude(warm_up=2, rounds=2), budget="40%")
+@pytest.mark.parametrize("fine", [False, True])
+def test_pruned_weights_do_not_train(fine: bool) -> None:
+    algorithm = es.Magnitude(warm_up=2, rounds=2, fine_grained=fine)
+    model, session, optimizer = searched(PLAIN, steps=3, algorithm=algorithm, budget="40%")
     closed = [gate[table.blocks.lookup().long()] == 0 for table, gate in zip(session.tables, session.gates, strict=True)]
+    if fine:
+        closed = [~mask for mask in session.state_dict()["kept"]]
     assert any(bool(mask.any()) for mask in closed)
     before = [p.detach().clone() for p in model.collection.parameters()]
     for group in optimizer.param_groups:
@@ -150,8 +223,6 @@ def test_pruned_weights_do_not_train() -> None:
 def test_rounds_that_make_no_sense_are_refused() -> None:
     with pytest.raises(ValueError, match="rounds must be at least 1"):
         es.Magnitude(rounds=0)
-    with pytest.raises(ValueError, match="1 where fine_grained"):
-        es.Magnitude(rounds=2, fine_grained=True)
 
 
 @pytest.mark.parametrize("world", WORLDS)

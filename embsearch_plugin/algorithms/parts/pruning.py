@@ -119,21 +119,24 @@ def prune_weights(session: "Session", budget: Budget | None, threshold: float) -
         AllocationError: where a weight is not a finite number: no threshold would say what to keep.
         BudgetError: where no plan fits.
     """
+    plans = []
+    for table, mask in zip(session.tables, kept_weights(session, budget, threshold), strict=True):
+        rows = [table.blocks.rows_of(block) for block in range(len(table.blocks.sizes))]
+        kept = bool(mask.any())
+        plans.append(TablePlan.fine(table.spec, mask, rows) if kept else TablePlan.nested(table.spec, [0], [torch.cat(rows)]))
+    return SizePlan(tuple(plans), session.space.align)
+
+
+def kept_weights(session: "Session", budget: Budget | None, threshold: float = 0.0) -> list[Tensor]:
+    """Return which single weights :func:`prune_weights` keeps: per table bool (V, D)."""
     for table, magnitudes in zip(session.tables, _magnitudes(session), strict=True):
         if not bool(magnitudes.isfinite().all()):
             raise AllocationError(
                 f"the weights of a table must be finite numbers; those of {str(table.spec)!r} are not.\n"
                 "  Possible solution: look for NaN or infinity in the tables' weights; the training may have diverged."
             )
-    if budget is not None:
-        threshold = _bisect(session, budget)
-    plans = []
-    for index, table in enumerate(session.tables):
-        mask = session.merged_weight(index).abs() >= threshold
-        rows = [table.blocks.rows_of(block) for block in range(len(table.blocks.sizes))]
-        kept = bool(mask.any())
-        plans.append(TablePlan.fine(table.spec, mask, rows) if kept else TablePlan.nested(table.spec, [0], [torch.cat(rows)]))
-    return SizePlan(tuple(plans), session.space.align)
+    least = threshold if budget is None else _bisect(session, budget)
+    return [_reaches(magnitudes, least) for magnitudes in _magnitudes(session)]
 
 
 def _bisect(session: "Session", budget: Budget) -> float:
@@ -156,10 +159,15 @@ def _magnitudes(session: "Session") -> Iterator[Tensor]:
         yield session.merged_weight(index).abs()
 
 
+def _reaches(magnitudes: Tensor, threshold: float) -> Tensor:
+    """Return which weights reach the threshold; never those that are zero, as what was pruned before is."""
+    return (magnitudes >= threshold) & (magnitudes > 0)
+
+
 def _fine_cost(session: "Session", threshold: float, unit: str) -> int:
     total = 0
     for table, magnitudes in zip(session.tables, _magnitudes(session), strict=True):
-        kept = int((magnitudes >= threshold).sum())
+        kept = int(_reaches(magnitudes, threshold).sum())
         if unit == "bytes" and kept:
             total += kept * table.spec.dtype.itemsize + fine_index_bytes(table.spec, kept)
         elif unit == "parameters":
