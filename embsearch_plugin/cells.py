@@ -234,7 +234,7 @@ class Cells:
         """Search until the plan can be derived; train meanwhile, if the method does."""
         config = session.config
         if not config.trains:
-            session.step(next(iter(self.data.batches("validation", self._train.batch_size))))
+            session.step(next(iter(self.data.batches("validation", config.search_batch or self._train.batch_size))))
             return {}
         folder, title = self._search_folder(place), str(place if config.searches_within_budget else replace(place, budget=None))
         course = Course()

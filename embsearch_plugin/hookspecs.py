@@ -90,7 +90,8 @@ class SessionHooks(Protocol):
     def embsearch_search_step(self, session: Session, step: int, batch: Any) -> Mapping[str, float]:
         """Take one search step on a validation batch and return its metrics. For the algorithm.
 
-        Must write gates through ``session.set_gates`` and touch nothing else of the model.
+        Must write gates through ``session.set_gates``, or leave out single weights by ``session.keep_weights``, and touch
+        nothing else of the model.
         """
 
     @hookspec

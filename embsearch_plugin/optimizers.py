@@ -138,6 +138,19 @@ def add_to_any(optimizers: Sequence[Optimizer], known: nn.Parameter, new: Sequen
         join(optimizers[0].param_groups[0], new)
 
 
+def exchange(optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter) -> bool:
+    """Put a parameter of another shape in the place of ``old``, without its state; return whether ``old`` was there."""
+    if isinstance(optimizer, CombinedOptimizer):
+        return any(exchange(inner, old, new) for _, inner in optimizer.optimizers)
+    for group in optimizer.param_groups:
+        for index, parameter in enumerate(group["params"]):
+            if parameter is old:
+                group["params"][index] = new
+                optimizer.state.pop(old, None)
+                return True
+    return False
+
+
 def join(group: dict[str, Any], new: Sequence[nn.Parameter]) -> None:
     """Put new parameters into a group that is there: schedulers know no groups but those that were there before them."""
     group["params"] += new

@@ -115,16 +115,14 @@ class Matrix:
         """Find what cannot work before hours are spent.
 
         Raises:
-            SpaceError: where the space, a dim that was asked for, or fused kernels do not fit the tables.
+            SpaceError: where a method, the space, or fused kernels do not fit the tables.
             DataError: where a split holds no examples.
         """
         for config in self.recipe.search.methods.values():
             space = config.space(self.recipe.search.space)
-            space.check(self._tables)
+            config.check(self._tables, space)
             if self.recipe.train.fused:
                 check_fused_widths(self._tables, space)
-            for budget in self.recipe.search.budgets:
-                allocations_of(config, self._tables, budget, self.recipe.search.space)
         for split in get_args(Split):
             if not any(len(batch.labels) for batch in islice(self.data.batches(split, 1), 1)):
                 raise DataError(f"every split must hold examples; {split!r} holds none. Try: more data, or other fractions.")

@@ -441,7 +441,12 @@ def test_what_did_not_converge_is_said(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"search": {"space": es.SearchSpace(column_chunks=(3, 3))}}, "sum to the table's dim 8"),
-        ({"search": {"baselines": (es.Grid(dims=(1, 4)),)}}, "dims must be multiples of align=4; got 1"),
+        ({"search": {"baselines": (es.Grid(dims=(1, 6)),)}}, "dims must be multiples of align=4; got 1"),
+        (
+            {"search": {"baselines": (es.Given(dims={"nobody": 4}),)}},
+            "dims must be of tables.*there is no 'nobody'",
+        ),
+        ({"search": {"baselines": (es.Sam(candidates=(16,)),)}}, r"the candidates are \[16\], and the tables' dims \[8\]"),
         ({"search": {"baselines": (Uniform(dim=3),)}}, "dims must be multiples of align=4; got 3"),
         ({"data": replace(DATA, examples=3)}, "'test' holds none"),
         ({"model": Fm(8), "train": {"fused": Fused()}}, "widths that are multiples of 4; table .* has dim 1"),

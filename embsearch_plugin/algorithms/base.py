@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from types import NoneType
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Union, get_args, get_origin, get_type_hints
 
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import Table
@@ -41,9 +41,11 @@ class _Kind(NamedTuple):
             raise ValueError(f"{name} must be {many if self.several else one}; got {value!r}")
 
     def _holds(self, value: object) -> bool:
+        if value is None and self.optional:
+            return True
         if self.several:
             return isinstance(value, tuple | list) and all(map(self._is_one, value))
-        return (value is None and self.optional) or self._is_one(value)
+        return self._is_one(value)
 
     def _is_one(self, value: object) -> bool:
         if isinstance(value, bool):
@@ -52,15 +54,22 @@ class _Kind(NamedTuple):
 
 
 def _numbers_of(config: type["AlgorithmConfig"]) -> dict[str, _Kind]:
-    """Return the settings that are numbers, by name."""
-    found, hints = {}, get_type_hints(config)
-    for field in fields(config):
-        hint, parts = hints[field.name], get_args(hints[field.name])
-        several, optional = get_origin(hint) is tuple, NoneType in parts
-        kind = parts[0] if several or optional else hint
-        if kind in (int, float):
-            found[field.name] = _Kind(kind is int, several, optional)
-    return found
+    """Return the settings that are numbers, and nothing else besides, by name."""
+    try:
+        hints = get_type_hints(config)
+    except NameError:  # of a class whose annotations are known to a type checker only
+        return {}
+    return {field.name: kind for field in fields(config) if (kind := _kind_of(hints[field.name])) is not None}
+
+
+def _kind_of(hint: Any) -> _Kind | None:
+    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    others = [part for part in parts if part is not NoneType]
+    several = len(others) == 1 and get_origin(others[0]) is tuple and get_args(others[0])[1:] == (...,)
+    numbers = set(get_args(others[0])[:1] if several else others)
+    if not numbers or not numbers <= {int, float}:
+        return None
+    return _Kind(float not in numbers, several, NoneType in parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +152,7 @@ class SearchConfig(AlgorithmConfig):
 
     @property
     def search_batch(self) -> int | None:
-        """How many validation examples a search step is given; ``None`` for as many as a weight step has."""
+        """How many examples the validation batches of a search hold, in steps and ``derive``; ``None``: as in training."""
         return None
 
     @property
@@ -160,6 +169,14 @@ class SearchConfig(AlgorithmConfig):
         """Return how tables are cut, given what the user asked for, if anything."""
         return given or SearchSpace()
 
+    def check(self, tables: Sequence[Table], space: SearchSpace) -> None:
+        """Make sure that these tables can be searched, before anything is trained.
+
+        Raises:
+            SpaceError: where they cannot.
+        """
+        space.check(tables)
+
     def form(self, table: Table, space: SearchSpace) -> Form | None:
         """Return what is to follow a table's lookup, the same kind for every table; ``None`` for its gated rows."""
         return None
@@ -172,7 +189,6 @@ class SearchConfig(AlgorithmConfig):
 
         Raises:
             BudgetError: where none is within the budget.
-            SpaceError: where one could not be stored.
         """
         return [self]
 

@@ -11,8 +11,10 @@ from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.algorithms.parts.fixed import Dims, FixedAllocation, WholeTableConfig
 from embsearch_plugin.algorithms.uniform import aligned, largest_dim, same_dim
 from embsearch_plugin.budget import Budget, human_bytes
+from embsearch_plugin.collection import Table
 from embsearch_plugin.errors import BudgetError, SpaceError, did_you_mean
 from embsearch_plugin.hookspecs import hookimpl
+from embsearch_plugin.space import SearchSpace
 
 if TYPE_CHECKING:
     from embsearch_plugin.search.session import Session
@@ -36,6 +38,25 @@ class Given(WholeTableConfig):
         if any(type(dim) is not int or dim < 0 for dim in self.dims.values()):
             raise ValueError(f"dims must be at least 0, and whole numbers; got {dict(self.dims)}")
 
+    def check(self, tables: Sequence[Table], space: SearchSpace) -> None:
+        """Make sure that there are such tables, and that their dims can be stored."""
+        super().check(tables, space)
+        self.widths(tables, space)
+
+    def widths(self, tables: Sequence[Table], space: SearchSpace) -> list[int]:
+        """Return each table's dim.
+
+        Raises:
+            SpaceError: where a table does not exist, or a dim is no multiple of the space's ``align``.
+        """
+        names = [[table.name, str(table)] for table in tables]
+        unknown = next((name for name in self.dims if not any(name in both for both in names)), None)
+        if unknown is not None:
+            known = [path for _, path in names]
+            raise SpaceError(f"dims must be of tables of the model; there is no {unknown!r}.{did_you_mean(unknown, known)}")
+        dims = [self.dims.get(str(table), self.dims.get(table.name, table.dim)) for table in tables]
+        return aligned(tables, dims, space.align)
+
     def build(self) -> "GivenDims":
         """Return the algorithm of one session."""
         return GivenDims(self)
@@ -51,26 +72,16 @@ class GivenDims(FixedAllocation):
         """Return the dims as they are given.
 
         Raises:
-            SpaceError: where a table does not exist, or a dim is no multiple of the space's ``align``.
             BudgetError: where the budget does not hold them.
         """
         if not self.config.dims:
             return same_dim(session, largest_dim(session.specs, budget, session.space.align))
-        chosen = self._widths(session)
+        chosen = self.config.widths(session.specs, session.space)
         weights = sum(spec.rows * dim for spec, dim in zip(session.specs, chosen, strict=True))
         size = sum(spec.rows * dim * spec.dtype.itemsize for spec, dim in zip(session.specs, chosen, strict=True))
         if (size if budget.unit == "bytes" else weights) > budget.limit(session.original_bytes):
             raise BudgetError(f"the given dims do not fit {budget}: they need {human_bytes(size)}, {weights:,} parameters.")
         return [(dim,) * len(table.blocks.sizes) for dim, table in zip(chosen, session.tables, strict=True)]
-
-    def _widths(self, session: "Session") -> list[int]:
-        names, given = [[spec.name, str(spec)] for spec in session.specs], self.config.dims
-        unknown = next((name for name in given if not any(name in both for both in names)), None)
-        if unknown is not None:
-            known = [path for _, path in names]
-            raise SpaceError(f"dims must be of tables of the model; there is no {unknown!r}.{did_you_mean(unknown, known)}")
-        dims = [given.get(str(spec), given.get(spec.name, spec.dim)) for spec in session.specs]
-        return aligned(session.specs, dims, session.space.align)
 
 
 @hookimpl

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.algorithms.parts.fixed import Dims, FixedAllocation, WholeTableConfig
-from embsearch_plugin.algorithms.uniform import Uniform, does_not_fit, fitting_dims, same_dim
+from embsearch_plugin.algorithms.uniform import Uniform, aligned, does_not_fit, fitting_dims, same_dim
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import Table
 from embsearch_plugin.errors import BudgetError
@@ -30,7 +30,8 @@ class Grid(WholeTableConfig):
     """Settings of a grid search.
 
     Args:
-        dims: the grid, ascending. Dims beyond the widest table, or over the budget, are left out.
+        dims: the grid, ascending. Dims beyond the widest table, over the budget, or that are no multiple of the space's
+            ``align``, are left out.
     """
 
     name: ClassVar[str] = "grid"
@@ -41,27 +42,35 @@ class Grid(WholeTableConfig):
         if not self.dims or self.dims[0] < 1 or any(left >= right for left, right in pairwise(self.dims)):
             raise ValueError(f"dims must hold at least one, be positive and ascending, no one twice; got {list(self.dims)}")
 
+    def check(self, tables: Sequence[Table], space: SearchSpace) -> None:
+        """Make sure that a dim of the grid can be stored."""
+        super().check(tables, space)
+        if not self._storable(tables, space.align):
+            aligned(tables, [self.dims[0]] * len(tables), space.align)
+
     def allocations(self, tables: Sequence[Table], budget: Budget, space: SearchSpace) -> Sequence[SearchConfig]:
-        """Return a uniform dim for each of the grid that is within the budget and the widest table.
-
-        Raises:
-            BudgetError: where there is none.
-            SpaceError: where one could not be stored.
-        """
-        uniform = [Uniform(dim=dim) for dim in self.fitting(tables, budget)]
-        return [same for each in uniform for same in each.allocations(tables, budget, space)]
-
-    def fitting(self, tables: Sequence[Table], budget: Budget) -> list[int]:
-        """Return the dims of the grid that are within the budget and the widest table.
+        """Return a uniform dim for each of the grid that can be stored, within the budget and the widest table.
 
         Raises:
             BudgetError: where there is none.
         """
-        widest = max(table.dim for table in tables)
-        fitting = fitting_dims(tables, budget, [dim for dim in self.dims if dim <= widest])
+        return [Uniform(dim=dim) for dim in self.fitting(tables, budget, space.align)]
+
+    def fitting(self, tables: Sequence[Table], budget: Budget, align: int) -> list[int]:
+        """Return the dims of the grid that can be stored, within the budget and the widest table.
+
+        Raises:
+            BudgetError: where there is none.
+        """
+        fitting = fitting_dims(tables, budget, self._storable(tables, align))
         if not fitting:
             raise BudgetError(does_not_fit(tables, budget, self.dims[0], f"smaller dims (the grid has {list(self.dims)})"))
         return fitting
+
+    def _storable(self, tables: Sequence[Table], align: int) -> list[int]:
+        widths = {table.dim for table in tables}
+        within = [dim for dim in self.dims if dim <= max(widths)]
+        return [dim for dim in within if dim % align == 0 or all(dim >= width for width in widths)]
 
     def build(self) -> "GridSearch":
         """Return the algorithm of one session."""
@@ -76,7 +85,7 @@ class GridSearch(FixedAllocation):
 
     def dims(self, session: "Session", budget: Budget) -> Dims:
         """Return the largest dim of the grid within the budget."""
-        return same_dim(session, self.config.fitting(session.specs, budget)[-1])
+        return same_dim(session, self.config.fitting(session.specs, budget, session.space.align)[-1])
 
 
 @hookimpl

@@ -4,8 +4,8 @@ The model trains as it is. Then the (row block, column) pairs with the most ener
 weights above one threshold. Fine-tuning is the training that goes on after ``compact``.
 
 One shot by default. With ``rounds`` above one, pruning and training take turns, as Han et al. advise: round k of n keeps the
-share budget ** (k / n) of the bytes, so that each round removes the same part of what is left; what is removed stays so,
-unless ranks are refreshed (:class:`SearchConfig`'s ``warm_up``): a row has the columns of the block it moves to.
+share budget ** (k / n) of what all weights cost, so that each round removes the same part of what is left. What is removed
+stays so, unless ranks are refreshed (:class:`SearchConfig`'s ``warm_up``): a row has the columns of the block it moves to.
 
 Differences from Han et al.:
     * Embedding tables only.
@@ -23,7 +23,7 @@ from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.algorithms.parts.pruning import kept_pairs, kept_weights, prune_pairs, prune_weights
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.hookspecs import hookimpl
-from embsearch_plugin.plan import SizePlan
+from embsearch_plugin.plan import SizePlan, fine_index_bytes
 
 if TYPE_CHECKING:
     from embsearch_plugin.search.session import Session
@@ -94,7 +94,7 @@ class MagnitudeSearch:
         done = session.search_steps + 1
         if self.config.rounds == 1 or done > self.config.rounds:
             return {}
-        ceiling = _ceiling(session, done / self.config.rounds)
+        ceiling = _ceiling(session, done / self.config.rounds, self.config.fine_grained)
         if self.config.fine_grained:
             masks = kept_weights(session, ceiling)
             session.keep_weights(masks)
@@ -111,20 +111,25 @@ class MagnitudeSearch:
         return prune(session, budget, self.config.threshold)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return nothing: the weights and the session's gates say it all."""
+        """Return nothing: the weights, and the session's gates and kept weights, say it all."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from nothing."""
 
 
-def _ceiling(session: "Session", part: float) -> Budget:
-    """Return the budget of a round: between all (``part`` 0) and the session's budget (1), in equal ratios."""
+def _ceiling(session: "Session", part: float, fine_grained: bool) -> Budget:
+    """Return the budget of a round: from what all weights cost (``part`` 0) to the session's budget (1), in equal ratios."""
     if session.budget.unit == "parameters":
         whole = sum(spec.n_params for spec in session.specs)
-        return Budget(params=max(round(whole * (session.budget.limit(0) / whole) ** part), 1))
-    share = session.budget.limit(session.original_bytes) / session.original_bytes
-    return session.budget if part == 1 else Budget(bytes=round(session.original_bytes * min(share, 1) ** part))
+    else:  # single weights are stored with their places
+        places = sum(fine_index_bytes(spec, spec.n_params) for spec in session.specs) if fine_grained else 0
+        whole = session.original_bytes + places
+    share = min(session.budget.limit(session.original_bytes) / whole, 1)
+    if part == 1 or share == 0:
+        return session.budget
+    amount = max(round(whole * share**part), 1)
+    return Budget(params=amount) if session.budget.unit == "parameters" else Budget(bytes=amount)
 
 
 @hookimpl

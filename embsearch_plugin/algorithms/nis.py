@@ -76,7 +76,8 @@ class Nis(SearchConfig):
         lr: learning rate of Adagrad, for the controller and its baseline.
         group: validation examples that share a choice. A whole batch shares one where its examples share looked-up bags, as of
             common negatives. How many groups a batch has is seen at the first; in larger ones, groups share choices in turn.
-        score_batches: validation batches on which ``derive`` scores every candidate.
+        score_batches: validation batches on which ``derive`` scores every candidate; in a recipe that ranks items they are of
+            ``group`` examples.
     """
 
     name: ClassVar[str] = "nis"

@@ -42,14 +42,10 @@ class Uniform(WholeTableConfig):
         """A dim that was asked for does not depend on the budget."""
         return self.dim is not None
 
-    def allocations(self, tables: Sequence[Table], budget: Budget, space: SearchSpace) -> Sequence[SearchConfig]:
-        """Return itself.
-
-        Raises:
-            SpaceError: where the dim that was asked for could not be stored.
-        """
+    def check(self, tables: Sequence[Table], space: SearchSpace) -> None:
+        """Make sure that the dim that was asked for can be stored."""
+        super().check(tables, space)
         aligned(tables, [self.dim or 0] * len(tables), space.align)
-        return [self]
 
     def build(self) -> "UniformSearch":
         """Return the algorithm of one session."""

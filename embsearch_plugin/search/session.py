@@ -19,7 +19,7 @@ from embsearch_plugin.compact.fold import UNFOLDED, Fold
 from embsearch_plugin.compact.rewrite import rewrite
 from embsearch_plugin.errors import AttachError, PlanError, SessionError
 from embsearch_plugin.hookspecs import PROJECT, SessionHooks
-from embsearch_plugin.optimizers import add_to_any, check_hook_fires, join, takers_of_dense
+from embsearch_plugin.optimizers import check_hook_fires, exchange, join, takers_of_dense
 from embsearch_plugin.plan import SizePlan, mismatch
 from embsearch_plugin.plugins import manager
 from embsearch_plugin.randomness import private_random
@@ -70,7 +70,8 @@ class Session:
         self._searched: SearchedTables | None
         form = partial(algorithm.form, space=self.space)
         with private_random(seed):  # of which forms draw their parameters
-            self._searched = SearchedTables(model, self.space, fused, form, folds_gates=algorithm.folds_gates)
+            check = partial(algorithm.check, space=self.space)
+            self._searched = SearchedTables(model, self.space, fused, form, check=check, folds_gates=algorithm.folds_gates)
         self._probe: Probe | None = Probe(
             model,
             self._searched,
@@ -222,7 +223,8 @@ class Session:
                 "  Possible solution: attach the optimizer of the other layers too: attach([sparse, dense], ...)."
             )
         for original, table in tables:
-            add_to_any(self._optimizers, original, [table])
+            if not any(exchange(optimizer, original, table) for optimizer in self._optimizers):
+                join(self._optimizers[0].param_groups[0], [table])
         if forms:
             join(dense[0].param_groups[0], forms)
         if tables or forms:
@@ -478,7 +480,7 @@ class Session:
         if state["blocks"] is not None:
             self._tables.cut([RowBlocks(tuple(b["sizes"]), b["order"]) for b in state["blocks"]])
             self.set_gates(state["gates"])
-            self.keep_weights(state["kept"])
+        self.keep_weights(state.get("kept", []))
         self._started = state["blocks"] is not None
         self.algorithm.load_state_dict(move(state["algorithm"], self._tables.device))
         if self._validation is not None and state["validation"] is not None:

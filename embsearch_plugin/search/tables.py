@@ -38,6 +38,7 @@ class SearchedTables:
         space: how tables are cut.
         fused: TorchRec's ``fused_params``, where the tables are to be trained by fused kernels.
         form: what is to follow a table's lookup; the same kind for all, or ``None`` for all.
+        check: raises where the tables cannot be searched; asked before the model is touched.
         folds_gates: whether weights are stored multiplied by the gates.
     """
 
@@ -48,13 +49,14 @@ class SearchedTables:
         fused: Mapping[str, Any] | None = None,
         form: Callable[[Table], Form | None] = lambda table: None,
         *,
+        check: Callable[[Sequence[Table]], None],
         folds_gates: bool = True,
     ) -> None:
         self.found = find_collections(model)
         for found in self.found:
             refuse_ties(model, found)
         self.specs: list[Table] = [table for found in self.found for table in found.tables]
-        space.check(self.specs)  # an error now, not after the warm-up
+        check(self.specs)  # an error now, not after the warm-up
         forms = [[made for table in found.tables if (made := form(table)) is not None] for found in self.found]
         for found in self.found if any(forms) else ():
             _refuse_meta(found)
@@ -68,8 +70,8 @@ class SearchedTables:
         self.blocks: list[RowBlocks] | None = None
         for found, supernet in zip(self.found, self.supernets, strict=True):
             found.replace_in(model, supernet)
-        for old, _ in self.added_tables():
-            old.data = old.data.new_empty(0)  # its numbers are in the new one, and an optimizer may go on holding it
+        for old, _ in self.added_tables():  # its numbers are in the new one; an optimizer may go on holding it
+            old.data, old.grad = old.data.new_empty(0), None
 
     @property
     def device(self) -> torch.device:
@@ -246,6 +248,8 @@ class SearchedTables:
         energy, lookup = torch.zeros_like(gate), self._lookup(table)
         for row, column, weight in self.weight_pieces(table):
             squares = weight.detach().double().cpu().square()
+            if self.kept:
+                squares *= self.kept[table].cpu()
             part = torch.zeros(gate.shape[0], weight.shape[1], dtype=torch.float64)
             part.index_add_(0, lookup[row : row + weight.shape[0]], squares)
             energy[:, column : column + weight.shape[1]] += part

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingBagCollectionInterface
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from embsearch_plugin import distributed
 from embsearch_plugin.autocast import Autocast
@@ -169,6 +169,7 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         Raises:
             UnsupportedCollection: where tables are fused or sharded: their kernels look up whole rows.
         """
+        self.fuse()  # where no forward has run yet
         if kept and not self.is_plain:
             raise UnsupportedCollection(
                 "single weights can be left out of tables only that are plain parameters; these are fused or sharded.\n"
@@ -388,11 +389,19 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         pooled, bags = [], features.to_dict()
         for slot in self.slots:
             bag = bags[slot.feature]
-            gates = None if self.weighs else self._used[slot.table].index_select(0, self._blocks_of(slot, bag.values()).long())
+            gates = None if self.weighs else self._gates_of_ids(slot, bag)  # finds ids without a row
             rows = self._rows(slot.table, bag.values())
             weights = bag.weights_or_none() if self.is_weighted() else None
             pooled.append(_pool(rows if gates is None else rows * gates, bag.lengths().long(), weights, slot.mean))
         return torch.cat(pooled, dim=1)
+
+    def _gates_of_ids(self, slot: Slot, bag: JaggedTensor) -> Tensor:
+        """Return the gate row of each id of a slot, (n, D)."""
+        blocks, gates = self._blocks_of(slot, bag.values()).long(), self._used[slot.table]
+        if gates.dim() == 2:
+            return gates.index_select(0, blocks)
+        groups = self._groups(len(bag.lengths()), len(gates))
+        return gates[groups.repeat_interleave(bag.lengths().long()), blocks]
 
     def _rows(self, table: int, ids: Tensor) -> Tensor:
         """Return rows, float32 (n, W): as a virtual weight step moved them, and without the weights that take no part."""

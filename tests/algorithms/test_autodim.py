@@ -9,6 +9,7 @@ import pytest
 import torch
 from support import MEAN, PLAIN, SUM, WORLDS, World, relative_error, searched, stored_bytes, task, train
 from torch import Tensor, nn
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 import embsearch_plugin as es
 from embsearch_plugin.algorithms.autodim import AutoDimSearch
@@ -103,13 +104,19 @@ def test_a_shared_lookup_costs_the_largest_candidate_and_a_separate_one_all_of_t
         assert sum(p.numel() for p in model.collection.parameters()) == 60 * widths[0] + 80 * widths[1] + 7 * widths[2]
 
 
-def test_the_tables_that_were_there_before_take_no_memory_while_others_are_searched() -> None:
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.SGD, torch.optim.Adagrad])
+@pytest.mark.parametrize("to_none", [True, False])
+def test_the_tables_that_were_there_before_take_no_memory_while_others_are_searched(kind: Any, to_none: bool) -> None:
     model = task(ONE_EACH)
     before = list(model.collection.parameters())
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    optimizer = kind(model.parameters(), lr=0.01)
+    train(model, optimizer, [ONE_EACH.batch(seed=50)])  # it has gradients and a state
     session = es.prepare(model, algorithm=es.AutoDim(every=2, candidates=(2, 3)), space=es.SearchSpace(align=1))
     assert not any(weight.untyped_storage().nbytes() for weight in before)
     session.attach(optimizer, validation=[ONE_EACH.batch(seed=900)])
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    assert not any(id(weight) in held or weight in optimizer.state or weight.grad is not None for weight in before)
+    optimizer.zero_grad(set_to_none=to_none)
     train(model, optimizer, (ONE_EACH.batch(seed=seed) for seed in range(4)))
     session.compact(session.derive("70%"))
     train(model, optimizer, [ONE_EACH.batch(seed=20)])
@@ -416,9 +423,9 @@ def test_a_table_narrower_than_every_candidate_keeps_its_dim_and_is_left_as_it_i
 
 def test_tables_that_are_all_narrower_than_every_candidate_leave_nothing_to_search() -> None:
     model = task(PLAIN)
-    es.prepare(model, algorithm=es.AutoDim(candidates=(16, 32)))
     with pytest.raises(SpaceError, match=r"the candidates are \[16, 32\], and the tables' dims \[8\]"):
-        model(PLAIN.batch())
+        es.prepare(model, algorithm=es.AutoDim(candidates=(16, 32)))
+    assert type(model.collection) is EmbeddingBagCollection
 
 
 @pytest.mark.parametrize("algorithm", [es.AutoDim, es.Sam])

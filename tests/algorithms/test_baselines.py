@@ -130,13 +130,15 @@ def test_iterative_pruning_closes_gates_round_by_round_and_never_opens_one(world
 def test_iterative_pruning_of_single_weights_lowers_their_number_and_never_takes_one_back(world: str) -> None:
     algorithm = es.Magnitude(warm_up=2, every=3, rounds=3, fine_grained=True)
     model, session, optimizer = searched(WORLDS[world], steps=2, algorithm=algorithm, budget="30%")
+    whole = session.original_bytes + sum(fine_index_bytes(spec, spec.n_params) for spec in session.specs)
     before = None
     for number in range(session.search_steps, 3):
         session.step(WORLDS[world].batch(seed=number))
         kept = session.state_dict()["kept"]
         counts = [int(mask.sum()) for mask in kept]
         cost = sum(4 * n + fine_index_bytes(spec, n) for spec, n in zip(session.specs, counts, strict=True))
-        assert 0.9 < cost / (0.3 ** ((number + 1) / 3) * session.original_bytes) <= 1
+        share = 0.3 * session.original_bytes / whole
+        assert 0.9 < cost / (share ** ((number + 1) / 3) * whole) <= 1
         assert before is None or all(bool((now <= then).all()) for now, then in zip(kept, before, strict=True))
         before = [mask.clone() for mask in kept]
         train(model, optimizer, [WORLDS[world].batch(seed=100 + number)])
@@ -180,6 +182,28 @@ def test_pruning_in_rounds_goes_on_from_a_state() -> None:
     batch = PLAIN.batch(seed=5)
     assert torch.equal(model.eval()(batch)[0], other.eval()(batch)[0])
     assert str(session.derive()) == str(second.derive())
+
+
+def test_a_state_takes_back_what_was_pruned_since_and_need_not_know_of_it() -> None:
+    algorithm = es.Magnitude(warm_up=2, every=3, rounds=3, fine_grained=True)
+    _, session, _ = searched(PLAIN, steps=1, algorithm=algorithm, budget="30%")
+    before = session.state_dict()
+    session.step(PLAIN.batch())
+    session.step(PLAIN.batch())
+    assert not bool(session.merged_weight(0).bool().all())
+    assert session.block_energy(0).sum() == pytest.approx(float(session.merged_weight(0).double().square().sum()))
+    session.load_state_dict({name: value for name, value in before.items() if name != "kept"})
+    assert bool(session.merged_weight(0).bool().all())
+
+
+def test_kept_weights_and_gates_of_groups() -> None:
+    model, session, _ = searched(WORLDS["bags"])
+    session.keep_weights([torch.rand(spec.rows, spec.dim) < 0.6 for spec in session.specs])
+    batch, gates = WORLDS["bags"].batch(32, seed=4), [torch.rand(4, *gate.shape) for gate in session.gates]
+    model.eval()
+    together = session.probe.evaluate(batch, gates, 8).logits
+    alone = [session.probe.evaluate(batch, [gate[n] for gate in gates]).logits[8 * n : 8 * n + 8] for n in range(4)]
+    torch.testing.assert_close(together, torch.cat(alone))
 
 
 def test_single_weights_of_fused_tables_cannot_be_pruned_in_rounds() -> None:

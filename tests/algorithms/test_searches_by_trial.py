@@ -1,12 +1,15 @@
 """Grid search, random search and mixed dimensions: which allocations are tried, and that each is what it says."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import pytest
 import torch
 from support import PLAIN, SEARCHES, WORLDS, searched
 
 import embsearch_plugin as es
+from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.algorithms.mde import popularity
 from embsearch_plugin.collection import Table
 from embsearch_plugin.errors import BudgetError
@@ -178,6 +181,25 @@ def test_sixteen_settings_as_far_as_the_space_tells_them_apart() -> None:
     tried = es.Mde().allocations(SPECS, budget, SPACE)
     assert [(c.temperature, c.blocks) for c in tried] == [(a, k) for a in (0.2, 0.4, 0.6, 0.8) for k in (1, 2, 3)]
     assert len(es.Mde(temperature=0.5).allocations(SPECS, budget, SPACE)) == 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Foreign(SearchConfig):
+    """Of another package."""
+
+    name: ClassVar[str] = "foreign"
+    batches: int | Literal["all"] | None = "all"
+    start: tuple[float, str] = (0.5, "cosine")
+    widths: tuple[int, ...] | None = None
+    rate: int | float = 1
+
+
+def test_settings_that_may_be_more_than_numbers_are_left_to_their_owner() -> None:
+    assert Foreign(batches=3, widths=(1, 2), rate=0.5).start == (0.5, "cosine")
+    with pytest.raises(ValueError, match=r"widths must be whole numbers; got \(1.5,\)"):
+        Foreign(widths=(1.5,))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="rate must be a number; got nan"):
+        Foreign(rate=float("nan"))
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,16 @@ class CandidateDims(SearchConfig):
         """A dim is a whole table's: its rows are one block. Of what is given, ``align`` counts."""
         return replace(given or SearchSpace(), row_blocks=1, column_chunks=None, scope="table", groups=())
 
+    def check(self, tables: Sequence[Table], space: SearchSpace) -> None:
+        """Make sure that a table is as wide as a candidate."""
+        super().check(tables, space)
+        if all(table.dim < self.candidates[0] for table in tables):
+            ours, theirs = list(self.candidates), sorted({table.dim for table in tables})
+            raise SpaceError(
+                f"a table must be as wide as a candidate at least; the candidates are {ours}, and the tables' dims "
+                f"{theirs}.\n  Possible solutions: 1) smaller candidates  2) wider tables."
+            )
+
     def form(self, table: Table, space: SearchSpace) -> CandidateForm:
         """Return what weighs a table's candidates."""
         candidates = candidates_of(table, self.candidates, space.align, self.lookup)
@@ -150,12 +160,6 @@ class CandidateSearch:
         """Give all candidates of a table the same probability."""
         if self._optimizer is None:
             self._random.manual_seed(session.seed)
-            if all(isinstance(form, OwnDim) for form in _forms(session)):
-                ours, theirs = list(self.config.candidates), sorted({spec.dim for spec in session.specs})
-                raise SpaceError(
-                    f"a table must be as wide as a candidate at least; the candidates are {ours}, and the tables' dims "
-                    f"{theirs}.\n  Possible solutions: 1) smaller candidates  2) wider tables."
-                )
             numbers = [form.n_gates for form in _forms(session)]
             vectors = torch.zeros(len(numbers), max(numbers))
             for row, number in zip(vectors, numbers, strict=True):
