@@ -108,16 +108,26 @@ def replace_parameter(optimizer: Optimizer, old: nn.Parameter, slices: Sequence[
     """Put new parameters in the place of ``old``, with their part of its state; return whether ``old`` was there."""
     if isinstance(optimizer, CombinedOptimizer):  # its state is a copy of that of the optimizers inside
         return any(replace_parameter(inner, old, slices) for _, inner in optimizer.optimizers)
+    state = optimizer.state.get(old, {})
+    if not exchange(optimizer, old, [part.new for part in slices]):
+        return False
+    for part in slices if state else ():
+        optimizer.state[part.new] = carried_state(state, old.shape, part)
+    return True
+
+
+def exchange(optimizer: Optimizer, old: nn.Parameter, new: Sequence[nn.Parameter]) -> bool:
+    """Put new parameters in the place of ``old``, without its state; return whether ``old`` was there."""
+    if isinstance(optimizer, CombinedOptimizer):
+        return any(exchange(inner, old, new) for _, inner in optimizer.optimizers)
     group, index = next(((g, i) for g in optimizer.param_groups for i, p in enumerate(g["params"]) if p is old), (None, 0))
     if group is None:
         return False
-    group["params"][index : index + 1] = [part.new for part in slices]
+    group["params"][index : index + 1] = new
     if "param_names" in group:
         name = group["param_names"][index]
-        group["param_names"][index : index + 1] = [f"{name}#{number}" for number in range(len(slices))]
-    state = optimizer.state.pop(old, None)
-    for part in slices if state else ():
-        optimizer.state[part.new] = carried_state(state, old.shape, part)
+        group["param_names"][index : index + 1] = [f"{name}#{number}" for number in range(len(new))]
+    optimizer.state.pop(old, None)
     return True
 
 
@@ -136,19 +146,6 @@ def add_to_any(optimizers: Sequence[Optimizer], known: nn.Parameter, new: Sequen
     """Put new parameters beside ``known``; where none of the optimizers holds it, into the first group of the first one."""
     if not any(add_beside(optimizer, known, new) for optimizer in optimizers):
         join(optimizers[0].param_groups[0], new)
-
-
-def exchange(optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter) -> bool:
-    """Put a parameter of another shape in the place of ``old``, without its state; return whether ``old`` was there."""
-    if isinstance(optimizer, CombinedOptimizer):
-        return any(exchange(inner, old, new) for _, inner in optimizer.optimizers)
-    for group in optimizer.param_groups:
-        for index, parameter in enumerate(group["params"]):
-            if parameter is old:
-                group["params"][index] = new
-                optimizer.state.pop(old, None)
-                return True
-    return False
 
 
 def join(group: dict[str, Any], new: Sequence[nn.Parameter]) -> None:

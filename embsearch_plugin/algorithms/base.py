@@ -38,7 +38,7 @@ class _Kind(NamedTuple):
         """Raise a ValueError where ``value`` is something else, or NaN, which every comparison would let through."""
         if not self._holds(value):
             one, many = ("a whole number", "whole numbers") if self.whole else ("a number", "numbers")
-            raise ValueError(f"{name} must be {many if self.several else one}; got {value!r}")
+            raise ValueError(f"{name} must be {many if self.several else one}; got {value!r}. Leave it out for the default")
 
     def _holds(self, value: object) -> bool:
         if value is None and self.optional:

@@ -223,7 +223,7 @@ class Session:
                 "  Possible solution: attach the optimizer of the other layers too: attach([sparse, dense], ...)."
             )
         for original, table in tables:
-            if not any(exchange(optimizer, original, table) for optimizer in self._optimizers):
+            if not any(exchange(optimizer, original, [table]) for optimizer in self._optimizers):
                 join(self._optimizers[0].param_groups[0], [table])
         if forms:
             join(dense[0].param_groups[0], forms)

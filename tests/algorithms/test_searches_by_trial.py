@@ -101,7 +101,7 @@ def test_a_uniform_dim_over_the_budget_is_refused_before_anything_is_trained() -
 
 def test_random_search_draws_as_often_as_in_the_papers() -> None:
     tables, budget, space = [Table("", "t", 100, 32, torch.float32, ("f",))], es.Budget.of("50%"), es.SearchSpace()
-    counts = [len(es.Random(**settings).allocations(tables, budget, space)) for settings in ({}, {"by": "block"}, {"draws": 3})]  # type: ignore[arg-type]
+    counts = [len(es.Random(**settings).allocations(tables, budget, space)) for settings in ({}, {"by": "block"}, {"draws": 3})]
     assert counts == [10, 16, 3]
 
 
@@ -197,7 +197,7 @@ class Foreign(SearchConfig):
 def test_settings_that_may_be_more_than_numbers_are_left_to_their_owner() -> None:
     assert Foreign(batches=3, widths=(1, 2), rate=0.5).start == (0.5, "cosine")
     with pytest.raises(ValueError, match=r"widths must be whole numbers; got \(1.5,\)"):
-        Foreign(widths=(1.5,))  # type: ignore[arg-type]
+        Foreign(widths=(1.5,))
     with pytest.raises(ValueError, match="rate must be a number; got nan"):
         Foreign(rate=float("nan"))
 

@@ -195,7 +195,7 @@ def test_the_end_of_lines_does_not_matter(tmp_path: Path) -> None:
 
 def test_a_task_that_the_files_do_not_serve_is_named() -> None:
     with pytest.raises(ValueError, match="task must be 'click' or 'rating' for movielens-csv; got 'top-k'"):
-        MovieLensCsv("folder", task="top-k")  # type: ignore[arg-type]
+        MovieLensCsv("folder", task="top-k")
 
 
 def test_missing_files_and_files_without_lines_are_named(tmp_path: Path) -> None:
