@@ -26,6 +26,7 @@ from embsearch_plugin.fused import FusedEmbeddingBags
 from embsearch_plugin.plan import PROJECTION_DTYPE, Chunk, TablePlan
 from embsearch_plugin.randomness import private_random
 from embsearch_plugin.supernet.bags import check_ids, ids_of, ordered, rows_at
+from embsearch_plugin.supernet.single import is_single, rows_of, single
 from embsearch_plugin.supernet.slots import Slot, slots_of
 
 
@@ -76,10 +77,19 @@ def _placement(plan: TablePlan) -> Tensor | None:
 
 @dataclass(frozen=True)
 class _Part:
-    """One slot's share of one chunk: its feature in the collection inside is named by its number."""
+    """One slot's share of one chunk: its feature in the collection inside is named by its number.
+
+    Args:
+        slot: its number.
+        chunk: of the slot's table.
+        name: the chunk's, in the collection inside.
+        partial: whether the chunk holds some of the table's rows only.
+    """
 
     slot: int
     chunk: Chunk
+    name: str
+    partial: bool
 
 
 class CompactEmbeddingBagCollection(EmbeddingBagCollectionInterface):
@@ -109,9 +119,9 @@ class CompactEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self._slots = slots_of(configs)
         self._features = list(dict.fromkeys(slot.feature for slot in self._slots))
         self._parts = [  # in the order in which the collection inside looks them up
-            _Part(i, chunk)
+            _Part(i, chunk, chunk_name(configs[table].name, number), chunk.rows < plan.table.rows)
             for table, plan in enumerate(plans)
-            for chunk in plan.chunks
+            for number, chunk in enumerate(plan.chunks)
             for i, slot in enumerate(self._slots)
             if slot.table == table
         ]
@@ -181,21 +191,34 @@ class CompactEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         """Look up every part and put its columns where they belong: (B, sum of widths), zero where none is stored."""
         if self.chunks is None:
             return torch.zeros(features.stride(), sum(self._widths), device=features.device())
-        pooled = self.chunks(self._of_parts(features, lengths))
+        pooled = self._looked_up(self.chunks, features, lengths)
         source = self._source(pooled)
         return pooled.values() if source is None else take_columns(pooled.values(), source)
 
+    def _looked_up(
+        self, chunks: EmbeddingBagCollectionInterface, features: KeyedJaggedTensor, lengths: Mapping[str, Tensor]
+    ) -> KeyedTensor:
+        """Look up every part: (B, sum of the chunks' widths)."""
+        if not is_single(chunks, features):
+            pooled: KeyedTensor = chunks(self._of_parts(features, lengths))
+            return pooled
+        lookups, places = [], self._places(features)
+        for part in self._parts:
+            bag, size = chunks.embedding_bags[part.name], lengths[self._slots[part.slot].feature]
+            lookups.append(single(bag, places[part.slot], size, partial=part.partial))
+        widths = [part.chunk.width for part in self._parts]
+        return KeyedTensor([str(number) for number in range(len(widths))], widths, rows_of(lookups))
+
     def _of_parts(self, features: KeyedJaggedTensor, lengths: Mapping[str, Tensor]) -> KeyedJaggedTensor:
         """Return the bags of every part, of the ids that it holds: a feature of the collection inside for each."""
-        ids = ids_of(features)
-        places = [self._places_of(slot, ids[slot.feature]) for slot in self._slots]
+        places = self._places(features)
         weights = features.weights().split(features.length_per_key()) if self._weighted else None
         of_feature = dict(zip(self._features, weights, strict=True)) if weights is not None else {}
         held = []
         for part in self._parts:
-            feature, limit = self._slots[part.slot].feature, part.chunk.rows
+            feature = self._slots[part.slot].feature
             bag = places[part.slot], lengths[feature], of_feature.get(feature)
-            held.append(bag if limit == self._rows(part) else _held(*bag, limit))
+            held.append(_held(*bag, part.chunk.rows) if part.partial else bag)
         return KeyedJaggedTensor(
             keys=[str(number) for number in range(len(held))],
             values=torch.cat([values for values, _, _ in held]),
@@ -222,8 +245,10 @@ class CompactEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         assert isinstance(index, TableIndex)
         return index
 
-    def _rows(self, part: _Part) -> int:
-        return self._configs[self._slots[part.slot].table].num_embeddings
+    def _places(self, features: KeyedJaggedTensor) -> list[Tensor]:
+        """Return for each slot the place in plan order of each of its ids, (n,)."""
+        ids = ids_of(features)
+        return [self._places_of(slot, ids[slot.feature]) for slot in self._slots]
 
     def _places_of(self, slot: Slot, ids: Tensor) -> Tensor:
         """Return the place in plan order of each id, (n,)."""
