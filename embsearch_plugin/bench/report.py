@@ -11,7 +11,7 @@ from rich.table import Table
 
 from embsearch_plugin.bench.memory import peak_bytes, stored_bytes
 from embsearch_plugin.bench.timing import Row, growth, lookups, model_steps
-from embsearch_plugin.bench.workload import Workload
+from embsearch_plugin.bench.workload import DENSE, SPARSE, TBE, Workload
 from embsearch_plugin.budget import human_bytes
 from embsearch_plugin.machine import machine, versions
 
@@ -31,11 +31,12 @@ def run(work: Workload, repeats: int, sweep: tuple[int, ...], say: Callable[[str
     """
     times = []
     for bag in BAGS:
-        for fused in (True, False):
-            say(f"whole steps, bags of {bag}, {'fused' if fused else 'plain'} tables")
-            times += model_steps(work.alike(bag=bag, fused=fused), repeats)
-        say(f"lookups, bags of {bag}")
-        times += lookups(work.alike(bag=bag), repeats)
+        for kernels in (TBE, SPARSE):
+            say(f"whole steps, bags of {bag}, {kernels}")
+            times += model_steps(work.alike(bag=bag, kernels=kernels), repeats)
+        for kernels in (TBE, SPARSE, DENSE):
+            say(f"lookups, bags of {bag}, {kernels}")
+            times += lookups(work.alike(bag=bag, kernels=kernels), repeats)
     say("peak memory, in processes of their own")
     peaks = {str(bag): {k: peak_bytes(work.alike(bag=bag), search=k == "search") for k in ("plain", "search")} for bag in BAGS}
     rows = {}

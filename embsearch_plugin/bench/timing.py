@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torchrec.datasets.utils import Batch
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from embsearch_plugin.bench.workload import FOUR_WIDTHS, FUSED, TWO_WIDTHS, Workload
 from embsearch_plugin.compact.collection import CompactEmbeddingBagCollection
@@ -83,7 +84,7 @@ def model_steps(work: Workload, repeats: int) -> list[Row]:
     before = medians({"plain": plain, "weight step": weight_step, "search step": session.step}, batches, repeats)
     session.compact(work.plan(TWO_WIDTHS), weight_step.optimizer)
     after = medians({"plain": plain, "compact": weight_step}, batches, repeats)
-    baseline = f"plain step: {'TBE, row-wise Adagrad' if work.fused else 'EBC, sparse SGD'}"
+    baseline = f"plain step: {work.kernels}, {'row-wise Adagrad' if work.fused else 'SGD'}"
     targets = {"weight step": 1.15 if work.bag == 1 else 1.7, "search step": 1.0, "compact training step": 1.1}
     times = {**before, "compact training step": after["compact"]}
     baselines = {"compact training step": after["plain"]}
@@ -111,22 +112,23 @@ def lookups(work: Workload, repeats: int) -> list[Row]:
     rows = []
     for kind, wrap, targets in (("forward", forward, (1.7, None)), ("training", forward_and_backward, (1.55, None))):
         found = medians({name: wrap(module) for name, module in collections.items()}, batches, repeats)
-        for name, target in zip(("two widths", "four widths"), targets, strict=True):
-            baseline = f"uniform TBE, {kind}"
+        for name, target in zip(("two widths", "four widths"), targets if work.fused else (None, None), strict=True):
+            baseline = f"uniform {work.kernels}, {kind}"
             rows.append(Row(f"compact lookup, {name}, {kind}", baseline, work.bag, found[name], found["uniform"], target))
     return rows
 
 
-def uniform(work: Workload) -> FusedEmbeddingBags:
-    """Return the DLRM's collection on fused kernels."""
-    model = work.alike(fused=True).baseline()
-    return next(module for module in model.modules() if isinstance(module, FusedEmbeddingBags))
+def uniform(work: Workload) -> nn.Module:
+    """Return the DLRM's collection, on fused kernels where the work is."""
+    kind = FusedEmbeddingBags if work.fused else EmbeddingBagCollection
+    return next(module for module in work.baseline().modules() if isinstance(module, kind))
 
 
 def compact(work: Workload, widths: tuple[tuple[float, float], ...]) -> CompactEmbeddingBagCollection:
     """Return the DLRM's collection in its compact form, on the same kernels."""
     collection = compact_form(find_collections(work.model())[0], work.plan(widths).tables, training=True)
-    collection.fuse(FUSED)
+    if work.fused:
+        collection.fuse(FUSED)
     return collection
 
 
@@ -141,9 +143,10 @@ def forward(collection: nn.Module) -> Step:
 
 
 def forward_and_backward(collection: nn.Module) -> Step:
-    """Return the lookup with its update by a gradient of ones."""
+    """Return the lookup with its update by a gradient of ones; plain tables get the gradient, and no update."""
 
     def step(batch: Batch) -> None:
+        collection.zero_grad()
         values = collection(batch.sparse_features).values()
         values.backward(torch.ones_like(values))
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
@@ -21,6 +21,8 @@ from embsearch_plugin.plugins import find_collections
 from embsearch_plugin.search.session import Session
 
 FUSED = {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "learning_rate": 0.01}
+Kernels = Literal["TBE", "EBC, sparse gradients", "EBC, dense gradients"]
+TBE, SPARSE, DENSE = get_args(Kernels)
 SKEW = 8  # the rank of an id is V * u ** SKEW for uniform u: the first 1 % of the rows get over half of the lookups
 
 # Plans: shares of the rows, most frequent first, and the part of D that they keep.
@@ -38,7 +40,7 @@ class Workload:
         dim: D of each.
         batch: B.
         bag: ids per bag: each bag holds one, or 1 to ``2 * bag - 1`` of them.
-        fused: whether tables train by FBGEMM's fused row-wise Adagrad; otherwise by sparse gradients and SGD.
+        kernels: what looks tables up and trains them: FBGEMM's fused row-wise Adagrad, or the plain collection and SGD.
     """
 
     tables: int = 26
@@ -46,7 +48,12 @@ class Workload:
     dim: int = 32
     batch: int = 4096
     bag: int = 1
-    fused: bool = True
+    kernels: Kernels = TBE
+
+    @property
+    def fused(self) -> bool:
+        """Whether tables are on FBGEMM's fused kernels."""
+        return self.kernels == TBE
 
     def batches(self, count: int = 4) -> list[Batch]:
         """Return some batches."""
@@ -75,7 +82,7 @@ class Workload:
         for found in find_collections(model):
             for bag in found.module.get_submodule("embedding_bags").children():
                 assert isinstance(bag, nn.EmbeddingBag)
-                bag.sparse = not self.fused
+                bag.sparse = self.kernels == SPARSE
         return model
 
     def baseline(self) -> nn.Module:

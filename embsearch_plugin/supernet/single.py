@@ -1,7 +1,7 @@
 """Bags of at most one id in plain tables: their rows, without what ``nn.EmbeddingBag`` does for bags of any length.
 
 On a CPU that sorts the ids of each table in the backward, and takes several passes over them. Here rows are gathered, and their
-gradients are added up where they lie: on the machine of docs/benchmarks.md in a third to two thirds of the time.
+gradients are added up where they lie. Sparse gradients, which are not added up, have nothing to gain.
 """
 
 from collections.abc import Sequence
@@ -46,13 +46,18 @@ def is_single(collection: nn.Module, features: KeyedJaggedTensor) -> bool:
 
 def _is_plain(collection: EmbeddingBagCollection) -> bool:
     """Whether nobody but autograd would notice that a forward of the collection, or of a bag in it, did not run."""
-    bags = collection.embedding_bags.values()
+    bags = list(collection.embedding_bags.children())
     return (
         not collection.is_weighted()
         and not _has_any_global_hook()
         and not any(map(_has_hooks, (collection, *bags)))
-        and all(type(b) is nn.EmbeddingBag and type(b.weight) is nn.Parameter and b.weight.dtype == torch.float32 for b in bags)
+        and all(type(bag) is nn.EmbeddingBag and _is_dense(bag) for bag in bags)
     )
+
+
+def _is_dense(bag: nn.EmbeddingBag) -> bool:
+    weight = bag.weight
+    return type(weight) is nn.Parameter and weight.dtype == torch.float32 and not (bag.sparse and torch.is_grad_enabled())
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -80,15 +85,13 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, lookups: Sequence[Single], *weights: Tensor) -> Tensor:
         ctx.save_for_backward(*(lookup.ids for lookup in lookups))
-        ctx.tables = [
-            (weight.shape, lookup.partial, lookup.bag.sparse) for weight, lookup in zip(weights, lookups, strict=True)
-        ]
+        ctx.tables = [(weight.shape, lookup.partial) for weight, lookup in zip(weights, lookups, strict=True)]
         return torch.cat([_gathered(w, look.ids, look.partial) for w, look in zip(weights, lookups, strict=True)], 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        parts = gradient.split([shape[1] for shape, *_ in ctx.tables], 1)
+        parts = gradient.split([shape[1] for shape, _ in ctx.tables], 1)
         by_lookup = zip(ctx.needs_input_grad[1:], parts, ctx.saved_tensors, ctx.tables, strict=True)
         return None, *(_added(part, ids, *table) if wanted else None for wanted, part, ids, table in by_lookup)
 
@@ -101,13 +104,8 @@ def _gathered(weight: Tensor, ids: Tensor, partial: bool) -> Tensor:
     return weight.index_select(0, ids.clamp(max=last)).masked_fill_((ids > last)[:, None], 0.0)
 
 
-def _added(part: Tensor, ids: Tensor, shape: torch.Size, partial: bool, sparse: bool) -> Tensor:
+def _added(part: Tensor, ids: Tensor, shape: torch.Size, partial: bool) -> Tensor:
     """Return the gradient of a table's weights, (V, D), given that of its rows, (B, D)."""
-    if sparse:
-        held = (ids < shape[0]).nonzero().flatten() if partial else slice(None)
-        # A copy: of one row that lies among others, torch's sparse operations write to memory that is not theirs.
-        rows = part[held].clone(memory_format=torch.contiguous_format)
-        return torch.sparse_coo_tensor(ids[held][None], rows, shape, check_invariants=False)
     if not partial:
         return part.new_zeros(shape).index_add_(0, ids, part.contiguous())
     # One row more, for all ids that have none.

@@ -2,31 +2,35 @@
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from click.testing import CliRunner
 
 from embsearch_plugin.bench.memory import stored_bytes
 from embsearch_plugin.bench.timing import growth, lookups, medians, model_steps
-from embsearch_plugin.bench.workload import FOUR_WIDTHS, TWO_WIDTHS, Workload
+from embsearch_plugin.bench.workload import FOUR_WIDTHS, TBE, TWO_WIDTHS, Kernels, Workload
 from embsearch_plugin.cli import main
 
+KERNELS = get_args(Kernels)
 SMALL = Workload(tables=3, rows=500, dim=32, batch=32)
 
 
 @pytest.mark.parametrize("bag", [1, 4])
-@pytest.mark.parametrize("fused", [True, False])
-def test_every_kind_of_step_is_measured(bag: int, fused: bool) -> None:
-    rows = model_steps(SMALL.alike(bag=bag, fused=fused), repeats=2)
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_every_kind_of_step_is_measured(bag: int, kernels: str) -> None:
+    rows = model_steps(SMALL.alike(bag=bag, kernels=kernels), repeats=2)
     assert [row.measured for row in rows] == ["weight step", "search step", "compact training step"]
     assert all(row.bag == bag and 0 < row.ratio < 1000 for row in rows)
-    assert {row.baseline for row in rows} == {"plain step: TBE, row-wise Adagrad" if fused else "plain step: EBC, sparse SGD"}
+    optimizer = "row-wise Adagrad" if kernels == TBE else "SGD"
+    assert {row.baseline for row in rows} == {f"plain step: {kernels}, {optimizer}"}
 
 
-def test_lookups_are_measured_both_ways() -> None:
-    rows = lookups(SMALL, repeats=2)
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_lookups_are_measured_both_ways(kernels: str) -> None:
+    rows = lookups(SMALL.alike(kernels=kernels), repeats=2)
     assert [(row.measured, row.baseline) for row in rows] == [
-        (f"compact lookup, {widths} widths, {kind}", f"uniform TBE, {kind}")
+        (f"compact lookup, {widths} widths, {kind}", f"uniform {kernels}, {kind}")
         for kind in ("forward", "training")
         for widths in ("two", "four")
     ]
@@ -69,6 +73,6 @@ def test_the_command_prints_every_table_and_writes_the_numbers(tmp_path: Path) -
     for title in ("Times, taken in turn", "Bytes stored", "Peak memory of training", "What grows with the rows"):
         assert title in result.output
     found = json.loads(file.read_text(encoding="utf-8"))
-    assert len(found["times"]) == 2 * (3 + 3 + 4)
+    assert len(found["times"]) == 2 * (2 * 3 + 3 * 4)
     assert all(peak["plain"] > 0 and peak["search"] > 0 for peak in found["peak_bytes"].values())
     assert list(found["rows"]) == ["100", "300"]

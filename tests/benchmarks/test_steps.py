@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from embsearch_plugin.bench.timing import Step, Trainer, compact, forward, forward_and_backward, uniform
-from embsearch_plugin.bench.workload import FOUR_WIDTHS, TWO_WIDTHS, Workload
+from embsearch_plugin.bench.workload import DENSE, FOUR_WIDTHS, SPARSE, TBE, TWO_WIDTHS, Workload
 
 WORKS = {bag: Workload(tables=8, rows=20_000, batch=512, bag=bag) for bag in (1, 10)}
 LOOKUPS = {"uniform": None, "two widths": TWO_WIDTHS, "four widths": FOUR_WIDTHS}
@@ -47,19 +47,20 @@ def step_of(kind: str, work: Workload) -> Step:
 
 
 @pytest.mark.parametrize("kind", ["plain training step", "weight step", "search step", "compact training step"])
-@pytest.mark.parametrize("fused", [True, False], ids=["TBE, row-wise Adagrad", "EBC, sparse SGD"])
+@pytest.mark.parametrize("kernels", [TBE, SPARSE])
 @pytest.mark.parametrize("bag", WORKS)
-def test_whole_steps(benchmark: Any, bag: int, fused: bool, kind: str) -> None:
-    benchmark.group = f"DLRM, bags of {bag}, {'TBE, row-wise Adagrad' if fused else 'EBC, sparse SGD'}"
-    work = WORKS[bag].alike(fused=fused)
+def test_whole_steps(benchmark: Any, bag: int, kernels: str, kind: str) -> None:
+    benchmark.group = f"DLRM, bags of {bag}, {kernels}"
+    work = WORKS[bag].alike(kernels=kernels)
     run(benchmark, step_of(kind, work), work)
 
 
 @pytest.mark.parametrize("form", LOOKUPS)
 @pytest.mark.parametrize("kind", ["forward", "training"])
+@pytest.mark.parametrize("kernels", [TBE, SPARSE, DENSE])
 @pytest.mark.parametrize("bag", WORKS)
-def test_lookups(benchmark: Any, bag: int, kind: str, form: str) -> None:
-    benchmark.group = f"lookup, bags of {bag}, {kind}"
-    work, widths = WORKS[bag], LOOKUPS[form]
+def test_lookups(benchmark: Any, bag: int, kernels: str, kind: str, form: str) -> None:
+    benchmark.group = f"lookup, bags of {bag}, {kind}, {kernels}"
+    work, widths = WORKS[bag].alike(kernels=kernels), LOOKUPS[form]
     collection = uniform(work) if widths is None else compact(work, widths)
     run(benchmark, (forward if kind == "forward" else forward_and_backward)(collection), work)
