@@ -186,6 +186,10 @@ class Cells:
         started = clock()
         if not (folder / PLAN).exists():  # a run that is resumed goes on with the plan it had
             session.derive().save(folder / PLAN)
+        if (twin := self._twin(place, config)) is not None:
+            shutil.copyfile(twin / WEIGHTS, folder / WEIGHTS)
+            row: Row = read_json(twin / CELL)
+            return row
         plan = SizePlan.load(folder / PLAN)
         name = "fine-tune" if course else "train"
         if config.retrains:
@@ -199,6 +203,19 @@ class Cells:
         converge(stage, self.watcher)
         save(model, plan, folder)
         return self._row(place, model, plan.size_bytes, course | _course_of(stage), rewriting)
+
+    def _twin(self, place: Place, config: SearchConfig) -> Path | None:
+        """Return the finished cell of another budget that has this cell's plan, where its model would be this one's to the bit.
+
+        It is where the model is trained from scratch, after one search for all budgets.
+        """
+        if config.searches_within_budget or not config.retrains:
+            return None
+        mine = (self._folder_of(place) / PLAN).read_bytes()
+        others = (self._folder_of(replace(place, budget=budget)) for budget in self.recipe.search.budgets)
+        return next(
+            (o for o in others if (o / CELL).exists() and (o / PLAN).exists() and (o / PLAN).read_bytes() == mine), None
+        )
 
     def _session(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: SearchConfig, budget: str) -> Session:
         """Prepare the model, with the trained dense weights where the method starts from them."""

@@ -105,6 +105,23 @@ def test_every_method_is_trained_by_the_same_optimizer(fused: Fused | None, tmp_
     assert all(one != other for one, other in zip(*rates, strict=True))
 
 
+def test_a_plan_that_serves_two_budgets_is_retrained_once(tmp_path: Path) -> None:
+    stages: list[str] = []
+
+    class Listening(Watcher):
+        def stage(self, name: str, *_: object) -> None:
+            stages.append(name)
+
+    search = {"algorithm": es.AutoDim(candidates=(2, 4), every=2), "baselines": (), "budgets": ("90%", "80%", "30%")}
+    metrics = run(small({**search, "space": es.SearchSpace(align=1)}), tmp_path, watcher=Listening())
+    large, same, less = by_place(metrics, method="autodim")
+    assert [name for name in stages if "retrain" in name] == ["autodim 90% retrain", "autodim 30% retrain"]
+    assert same == large | {"budget": "80%", "folder": same["folder"]}
+    assert less["bytes"] < same["bytes"]
+    loaded = es.load(tmp_path / same["folder"], small().model.build(DATA.load().schema))
+    assert evaluate(loaded, DATA.load().batches("test", 256)) == pytest.approx(same["test"], abs=1e-6)
+
+
 def test_the_matrix_tunes_on_the_first_seed_and_reads_test_for_what_was_chosen(tmp_path: Path) -> None:
     recipe = small({"budgets": ("50%", "10%")}, {"epochs": 1}, tune=Tune(l2=(0.0, 0.1), lr=(0.001, 0.01)), seeds=(3, 5))
     metrics = run(recipe, tmp_path)
