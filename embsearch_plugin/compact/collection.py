@@ -26,7 +26,7 @@ from embsearch_plugin.fused import FusedEmbeddingBags
 from embsearch_plugin.plan import PROJECTION_DTYPE, Chunk, TablePlan
 from embsearch_plugin.randomness import private_random
 from embsearch_plugin.supernet.bags import check_ids, ids_of, ordered, rows_at
-from embsearch_plugin.supernet.single import is_single, rows_of, single
+from embsearch_plugin.supernet.single import is_single, rows_of
 from embsearch_plugin.supernet.slots import Slot, slots_of
 
 
@@ -202,12 +202,10 @@ class CompactEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         if not is_single(chunks, features):
             pooled: KeyedTensor = chunks(self._of_parts(features, lengths))
             return pooled
-        lookups, places = [], self._places(features)
-        for part in self._parts:
-            bag, size = chunks.embedding_bags[part.name], lengths[self._slots[part.slot].feature]
-            lookups.append(single(bag, places[part.slot], size, partial=part.partial))
+        places, bags = self._places(features), chunks.embedding_bags
+        rows = [rows_of(bags[part.name].weight, places[part.slot], partial=part.partial) for part in self._parts]
         widths = [part.chunk.width for part in self._parts]
-        return KeyedTensor([str(number) for number in range(len(widths))], widths, rows_of(lookups))
+        return KeyedTensor([str(number) for number in range(len(widths))], widths, torch.cat(rows, dim=1))
 
     def _of_parts(self, features: KeyedJaggedTensor, lengths: Mapping[str, Tensor]) -> KeyedJaggedTensor:
         """Return the bags of every part, of the ids that it holds: a feature of the collection inside for each."""

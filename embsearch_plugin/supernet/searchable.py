@@ -49,7 +49,7 @@ from embsearch_plugin.supernet.captured import Captured
 from embsearch_plugin.supernet.forms import Form
 from embsearch_plugin.supernet.gating import gate_cells, gate_rows
 from embsearch_plugin.supernet.pieces import Pieces
-from embsearch_plugin.supernet.single import is_single, rows_of, single
+from embsearch_plugin.supernet.single import is_single, rows_of
 from embsearch_plugin.supernet.slots import Slot, slots_of
 from embsearch_plugin.supernet.virtual import VirtualRows
 
@@ -332,17 +332,13 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     def _pooled(self, features: KeyedJaggedTensor) -> Tensor:
         """Return what the collection inside looks up, in the order of the slots: (B, sum of their dims)."""
         if is_single(self.inner, features):
-            ids, lengths, bags = ids_of(features), self._lengths_of(features), list(self.inner.embedding_bags.values())
-            return rows_of([single(bags[slot.table], ids[slot.feature], lengths[slot.feature]) for slot in self.slots])
+            ids = ids_of(features)
+            return torch.cat([rows_of(self.table_weight(slot.table), ids[slot.feature]) for slot in self.slots], dim=1)
         pooled: KeyedTensor = self.inner(features)
         if pooled.keys() == [slot.key for slot in self.slots]:
             return pooled.values()
         columns = columns_of(pooled)
         return torch.cat([columns[slot.key] for slot in self.slots], dim=1)
-
-    def _lengths_of(self, features: KeyedJaggedTensor) -> dict[str, Tensor]:
-        """Return the length of each bag of a feature, (B,)."""
-        return dict(zip(self._features, features.lengths().view(len(self._features), -1), strict=True))
 
     def _blocks_of(self, slot: Slot, ids: Tensor) -> Tensor:
         """Return the block of each id of a slot, (n,)."""
@@ -350,8 +346,9 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
 
     def _gate_rows(self, features: KeyedJaggedTensor) -> Tensor:
         """Return the row of the pieces' table that gates each piece of the output, for bags of at most one id."""
-        ids, lengths = ids_of(features), self._lengths_of(features)
-        blocks = [one_per_bag(lengths[s.feature], self._blocks_of(s, ids[s.feature])) for s in self.slots]
+        ids, lengths = ids_of(features), features.lengths().view(len(self._features), -1)
+        of_feature = dict(zip(self._features, lengths, strict=True))
+        blocks = [one_per_bag(of_feature[s.feature], self._blocks_of(s, ids[s.feature])) for s in self.slots]
         assert self._pieces is not None
         groups = self._groups(len(blocks[0]), len(self._used[0])) if self._used[0].dim() == 3 else None
         return self._pieces.rows(torch.stack(blocks), groups, len(self._used[0]))
