@@ -199,7 +199,8 @@ class CompactEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self, chunks: EmbeddingBagCollectionInterface, features: KeyedJaggedTensor, lengths: Mapping[str, Tensor]
     ) -> KeyedTensor:
         """Look up every part: (B, sum of the chunks' widths)."""
-        if not is_single(chunks, features):
+        leaves_out = any(part.partial for part in self._parts)  # in a forward alone FBGEMM does that as quickly, or more so
+        if (leaves_out and not torch.is_grad_enabled()) or not is_single(chunks, features):
             pooled: KeyedTensor = chunks(self._of_parts(features, lengths))
             return pooled
         places, bags = self._places(features), chunks.embedding_bags
