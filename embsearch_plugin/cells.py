@@ -213,9 +213,8 @@ class Cells:
             return None
         mine = (self._folder_of(place) / PLAN).read_bytes()
         others = (self._folder_of(replace(place, budget=budget)) for budget in self.recipe.search.budgets)
-        return next(
-            (o for o in others if (o / CELL).exists() and (o / PLAN).exists() and (o / PLAN).read_bytes() == mine), None
-        )
+        trained = (other for other in others if (other / CELL).exists() and (other / WEIGHTS).exists())  # not one that diverged
+        return next((other for other in trained if (other / PLAN).read_bytes() == mine), None)
 
     def _session(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: SearchConfig, budget: str) -> Session:
         """Prepare the model, with the trained dense weights where the method starts from them."""

@@ -122,6 +122,17 @@ def test_a_plan_that_serves_two_budgets_is_retrained_once(tmp_path: Path) -> Non
     assert evaluate(loaded, DATA.load().batches("test", 256)) == pytest.approx(same["test"], abs=1e-6)
 
 
+def test_a_plan_whose_retraining_diverges_diverges_at_every_budget(tmp_path: Path) -> None:
+    class Diverging(Watcher):
+        def stage(self, name: str, *_: object) -> None:
+            if "retrain" in name:
+                raise NonFiniteLoss("as large as it gets")
+
+    search = {"algorithm": es.AutoDim(candidates=(2, 4), every=2), "baselines": (), "budgets": ("90%", "80%")}
+    metrics = run(small({**search, "space": es.SearchSpace(align=1)}), tmp_path, watcher=Diverging())
+    assert [cell["status"] for cell in by_place(metrics, method="autodim")] == ["diverged"] * 2
+
+
 def test_the_matrix_tunes_on_the_first_seed_and_reads_test_for_what_was_chosen(tmp_path: Path) -> None:
     recipe = small({"budgets": ("50%", "10%")}, {"epochs": 1}, tune=Tune(l2=(0.0, 0.1), lr=(0.001, 0.01)), seeds=(3, 5))
     metrics = run(recipe, tmp_path)
