@@ -39,6 +39,11 @@ class Model(Task):
         self.world = world
 
 
+def test_the_default_algorithm_is_spectral() -> None:
+    assert es.session(build()).config == es.Spectral()
+    assert es.prepare(task(PLAIN, 0), budget="40%").config == es.Spectral()
+
+
 class TwoTowers(Model):
     """A subclass that is not decorated and adds a collection when its base is through."""
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.errors import RecipeError
 from embsearch_plugin.plain import to_plain
 from embsearch_plugin.plugins import algorithms
@@ -18,6 +19,13 @@ def test_every_recipe_is_read_and_says_what_it_shows(path: Path) -> None:
     recipe = load_recipe(path)
     assert parse_recipe(to_plain(recipe), "itself") == recipe
     assert path.read_text().startswith("# ")
+
+
+def test_every_search_has_a_recipe_on_movielens() -> None:
+    """But ``given``, whose dims a study chooses."""
+    loaded = [load_recipe(path) for path in RECIPES if path.stem.startswith(("ml1m_", "study_ml1m_"))]
+    used = {method.name for recipe in loaded for method in recipe.search.methods.values()}
+    assert used | {"given"} == {name for name, config in algorithms().items() if issubclass(config, SearchConfig)}
 
 
 def test_resolved_recipes_spell_out_every_default(tmp_path: Path) -> None:

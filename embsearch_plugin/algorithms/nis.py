@@ -215,6 +215,11 @@ class NisSearch:
         if logits.shape[:1] != labels.shape[:1]:
             got = f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)}"
             raise QualityError(f"the model must return logits and labels of the same examples; got {got}. Try objective=.")
+        if missing := int(logits.isnan().sum()):
+            raise QualityError(
+                f"the logits must be numbers; of {logits.numel()}, {missing} are NaN. The controller is as before.\n  Possible "
+                "solution: look for NaN in the data, or in what objective= returns."
+            )
         group = (torch.arange(len(logits), device=logits.device) // config.group) % self.groups
         measure, found = quality_of(config.quality), [math.nan] * self.groups
         for index in group.unique().tolist():

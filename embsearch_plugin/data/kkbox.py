@@ -31,7 +31,8 @@ class KkBox:
 
     Categorical, 5 fields, as in the NIS paper (Joglekar et al. 2020, section 4.1.1, table 1): user, song, artist name,
     composer and lyricist. The last three have several values, or none. Vocabularies come from all records, the most frequent
-    value first (appendix A.1). There are no dense numbers.
+    value first (appendix A.1); how frequent one is, the training records say, where the paper counts them all. There are no
+    dense numbers.
 
     Records whose song is not in songs.csv are left out: the paper's steps need its features. How values are separated is not
     in the paper, so the sizes of its vocabularies may differ from these.

@@ -225,6 +225,30 @@ def test_a_loss_that_is_no_number_is_an_error() -> None:
         session.step(batch)
 
 
+@pytest.mark.parametrize("quality", ["auc", "recall@1", lambda logits, labels: 1.0])
+def test_logits_that_are_no_numbers_are_an_error_although_the_loss_is_one(quality: Any) -> None:
+    _, session, _ = nis(quality="auc")
+    outcome_of, before = session.probe._objective, session.algorithm.controller.logits.clone()
+
+    def objective(model: Task, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        loss, logits, labels = outcome_of(model, batch)[1]
+        return loss, logits.masked_fill(torch.arange(len(logits)) == 3, math.nan), labels
+
+    session.probe._objective = objective
+    object.__setattr__(session.algorithm.config, "quality", quality)
+    with pytest.raises(es.EmbsearchError, match="the logits must be numbers; of 32, 1 are NaN"):
+        session.step(PLAIN.batch(32, seed=3))
+    assert torch.equal(session.algorithm.controller.logits, before)
+
+
+def test_the_defaults_are_the_papers() -> None:
+    """A.2.2: one choice for 64 examples; Adagrad with 0.1 for the controller, whose gradients are not clipped."""
+    config = es.Nis()
+    assert (config.group, config.lr, config.every, config.penalty) == (64, 0.1, 1, 0.01)
+    assert (config.mode, config.quality) == ("me", "auc")
+    assert isinstance(nis()[1].algorithm.controller._optimizer, torch.optim.Adagrad)
+
+
 @pytest.mark.parametrize(
     "settings", [{"mode": "mee"}, {"group": 0}, {"lr": 0.0}, {"penalty": -1.0}, {"score_batches": 0}, {"quality": "acu"}]
 )

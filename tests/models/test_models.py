@@ -207,6 +207,34 @@ def test_every_searcher_takes_every_model(config: Any, task: Task, algorithm: st
     assert last < first
 
 
+SIMPLE = {
+    "uniform": es.Uniform(),
+    "random": es.Random(),
+    "random by block": es.Random(by="block"),
+    "mde": es.Mde(),
+    "magnitude": es.Magnitude(warm_up=2),
+    "spectral": es.Spectral(),
+}
+
+
+@pytest.mark.parametrize("algorithm", SIMPLE.values(), ids=SIMPLE)
+@pytest.mark.parametrize("name", ["fm", "wide_deep"])
+def test_tables_of_dim_1_are_in_every_baselines_plan(name: str, algorithm: Any) -> None:
+    model = build(MODELS[name], CLICK)
+    session = es.prepare(model, algorithm=algorithm, budget="60%", space=es.SearchSpace(align=1))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    session.attach(optimizer, validation=[batch_of(schema_of(CLICK), 64)])
+    train(model, optimizer, (batch_of(schema_of(CLICK)) for _ in range(6)))
+    plan = session.derive()
+    narrow = [block.dim for table in plan.tables if table.table.dim == 1 for block in table.blocks]
+    assert narrow and set(narrow) <= {0, 1}
+    session.compact(plan)
+    assert stored_bytes(model) == plan.size_bytes <= 0.6 * plan.original_bytes
+    batch = batch_of(schema_of(CLICK), 64)
+    first, *_, last = train(model, optimizer, [batch] * 30)
+    assert last < first
+
+
 def tables(model: nn.Module) -> Iterator[nn.EmbeddingBag]:
     return (module for module in model.modules() if isinstance(module, nn.EmbeddingBag))
 

@@ -87,7 +87,7 @@ def number(quality: str | Quality, value: object) -> float:
         QualityError: where it is none.
     """
     try:
-        found = float(value)  # type: ignore[arg-type]
+        found = float(value + 0.0)  # type: ignore[operator]  # no text, which float() would read
     except (TypeError, ValueError, RuntimeError) as error:
         raise QualityError(_no_number(quality, f"{type(value).__name__} {value!r}")) from error
     if not math.isfinite(found):

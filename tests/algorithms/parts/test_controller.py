@@ -114,6 +114,23 @@ def test_the_first_baseline_is_the_first_mean_reward_and_no_reward_teaches_nothi
     assert float(made.logits[0, 1]) > float(made.logits[0, 0])
 
 
+def test_a_step_is_adagrads_and_gradients_are_not_clipped() -> None:
+    """A.2.2. The slow reference: a logit moves by lr * g / sqrt(sum of g * g until now), however large g is."""
+    made, squares = controller([2, 3]), torch.zeros(2, 3)
+    for rewards in (torch.tensor([1e6, -3e6]), torch.tensor([0.2, 0.9])):
+        drawn, before = torch.tensor([[0, 2], [1, 1]]), made.logits.detach().clone()
+        advantages = (rewards[:, None] - made.baseline(drawn)).detach()
+        gradient = torch.zeros(2, 3)
+        for number, choice in itertools.product(range(2), range(2)):
+            p = before[choice, : made.arms[choice]].softmax(0)
+            gradient[choice, : len(p)] += advantages[number, choice] / 2 * p
+            gradient[choice, drawn[number, choice]] -= advantages[number, choice] / 2
+        made.learn(drawn, rewards)
+        squares += gradient.square()
+        moved = (before - made.logits.detach())[squares > 0]
+        torch.testing.assert_close(moved, (0.1 * gradient / squares.sqrt())[squares > 0], rtol=1e-4, atol=1e-6)
+
+
 def test_it_goes_on_from_its_state() -> None:
     made = controller([2, 3])
     drawn, rewards = torch.tensor([[0, 2], [1, 1]]), torch.tensor([0.2, 0.9])

@@ -57,6 +57,7 @@ def test_unknown_names_are_refused(name: object) -> None:
 
 def test_numbers_are_numbers() -> None:
     assert number("auc", torch.tensor(0.5)) == number("auc", 0.5) == 0.5
-    for value in (None, "x", float("inf"), torch.zeros(2)):
+    assert number("auc", 0.1) == 0.1
+    for value in (None, "x", "0.5", float("inf"), torch.zeros(2)):
         with pytest.raises(QualityError, match="must be a number"):
             number("auc", value)
