@@ -1,5 +1,7 @@
 """The baselines: uniform dims and magnitude pruning."""
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import PLAIN, WORLDS, relative_error, searched, stored_bytes, task, train
+from torch import Tensor
 
 import embsearch_plugin as es
 from embsearch_plugin.algorithms.uniform import largest_dim
@@ -85,6 +88,49 @@ def test_magnitude_pruning_reads_the_trained_weights_alone(fine: bool) -> None:
         for parameter in model.collection.parameters():
             parameter.mul_(-3.0)
     assert str(session.derive()) == str(plan)
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+@pytest.mark.parametrize("fine", [False, True])
+def test_relative_weights_are_those_of_tables_divided_by_their_root_mean_square(fine: bool, rounds: int) -> None:
+    """So the unit of a table's weights says nothing; of weights as they are it says all."""
+
+    def plan(relative: bool, factors: Sequence[float | Tensor]) -> list[Any]:
+        algorithm = es.Magnitude(warm_up=3, rounds=rounds, fine_grained=fine, relative=relative)
+        space = es.SearchSpace(row_blocks=3, align=1)
+        model, session, _ = searched(PLAIN, steps=2, algorithm=algorithm, space=space, budget="40%")
+        with torch.no_grad():
+            for weight, factor in zip(model.collection.parameters(), factors, strict=True):
+                weight.mul_(factor)
+        for seed in range(rounds - 1):
+            session.step(PLAIN.batch(seed=seed))
+        tensors = [(table.blocks, table.columns, table.order, table.mask) for table in session.derive().tables]
+        return [[part.tolist() if isinstance(part, Tensor) else part for part in parts] for parts in tensors]
+
+    tables = list(searched(PLAIN, steps=2, algorithm=es.Magnitude())[0].collection.parameters())
+    units = [1 / weight.detach().square().mean().sqrt() for weight in tables]
+    found = plan(True, [1.0, 1.0])
+    assert found == plan(True, [1 / 128, 32.0])
+    assert rounds > 1 or found == plan(False, units)  # a second round has a root mean square of its own
+    assert plan(False, [1.0, 1.0]) != plan(False, [1 / 128, 32.0])
+
+
+def test_a_run_tries_magnitudes_relative_and_as_they_are() -> None:
+    tables, space = [Table("c", "t", 60, 8, torch.float32, ("f",))], es.SearchSpace()
+    tried = es.Magnitude(rounds=2).allocations(tables, es.Budget.of("50%"), space)
+    assert list(tried) == [es.Magnitude(rounds=2, relative=False), es.Magnitude(rounds=2, relative=True)]
+    assert list(tried[1].allocations(tables, es.Budget.of("50%"), space)) == [tried[1]]
+
+
+def test_tables_of_zeros_are_pruned_first_however_weights_are_compared() -> None:
+    for fine, relative in itertools.product((False, True), (False, True)):
+        algorithm = es.Magnitude(fine_grained=fine, relative=relative)
+        model, session, _ = searched(PLAIN, algorithm=algorithm, space=es.SearchSpace(align=1))
+        with torch.no_grad():
+            next(model.collection.parameters()).zero_()
+        first, *others = session.derive("50%").tables
+        assert first.size_bytes == 0
+        assert all(table.size_bytes for table in others)
 
 
 def test_magnitude_pruning_keeps_the_rows_and_columns_that_were_planted() -> None:

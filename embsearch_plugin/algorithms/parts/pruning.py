@@ -1,4 +1,8 @@
-"""From merged weights (weights times gates) to size plans: by (row block, column) pairs, or weight by weight."""
+"""From merged weights (weights times gates) to size plans: by (row block, column) pairs, or weight by weight.
+
+Weights are compared over all tables as they are or, where they are ``relative``, divided by the root mean square of their
+table: what is small for its table goes, and no table goes because its weights are smaller than another's.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -15,10 +19,12 @@ if TYPE_CHECKING:
     from embsearch_plugin.search.session import Session
     from embsearch_plugin.search.tables import SearchTable
 
+_TINY = 1e-30  # what a table of zeros is divided by
 
-def prune_pairs(session: "Session", budget: Budget | None, threshold: float) -> SizePlan:
+
+def prune_pairs(session: "Session", budget: Budget | None, threshold: float, *, relative: bool = False) -> SizePlan:
     """Choose a dim per row block: the most energy within the budget, or every pair above the threshold."""
-    energies = _energies(session)
+    energies = _energies(session, relative)
     if budget is not None:
         return best_pairs(session.tables, energies, budget, session.space)
     tables = _pairs_of(session.tables, energies, session.space)
@@ -42,15 +48,20 @@ def best_pairs(tables: Sequence["SearchTable"], energies: Sequence[Tensor], budg
     return SizePlan(tuple(pairs.plan(dims) for pairs, dims in zip(candidates, chosen, strict=True)), space.align)
 
 
-def kept_pairs(session: "Session", budget: Budget) -> list[Tensor]:
+def kept_pairs(session: "Session", budget: Budget, *, relative: bool = False) -> list[Tensor]:
     """Return which pairs :func:`prune_pairs` would keep within ``budget``: per table (S, D), one or zero."""
-    candidates = _pairs_of(session.tables, _energies(session), session.space)
+    candidates = _pairs_of(session.tables, _energies(session, relative), session.space)
     chosen = _largest(candidates, budget)
     return [pairs.mask(dims).to(g.device) for pairs, dims, g in zip(candidates, chosen, session.gates, strict=True)]
 
 
-def _energies(session: "Session") -> list[Tensor]:
-    return [session.block_energy(index) for index in range(len(session.tables))]
+def _energies(session: "Session", relative: bool) -> list[Tensor]:
+    """Return the sum of squares of each (block, column) pair, per table (S, D)."""
+    energies = [session.block_energy(index) for index in range(len(session.tables))]
+    if not relative:
+        return energies
+    means = [energy.sum() / max(spec.n_params, 1) for energy, spec in zip(energies, session.specs, strict=True)]
+    return [energy / mean.clamp(min=_TINY) for energy, mean in zip(energies, means, strict=True)]
 
 
 def _pairs_of(tables: Sequence["SearchTable"], energies: Sequence[Tensor], space: SearchSpace) -> list["_Pairs"]:
@@ -112,51 +123,52 @@ class _Pairs:
         return list(dims) if len(dims) > 1 else list(dims) * len(self.table.blocks.sizes)
 
 
-def prune_weights(session: "Session", budget: Budget | None, threshold: float) -> SizePlan:
-    """Keep the weights whose merged value reaches one threshold over all tables (Eq. 9).
+def prune_weights(session: "Session", budget: Budget | None, threshold: float, *, relative: bool = False) -> SizePlan:
+    """Keep the weights whose merged value reaches one threshold over all tables (dnis.txt, Eq. 9).
 
     Raises:
         AllocationError: where a weight is not a finite number: no threshold would say what to keep.
         BudgetError: where no plan fits.
     """
     plans = []
-    for table, mask in zip(session.tables, kept_weights(session, budget, threshold), strict=True):
+    for table, mask in zip(session.tables, kept_weights(session, budget, threshold, relative=relative), strict=True):
         rows = [table.blocks.rows_of(block) for block in range(len(table.blocks.sizes))]
         kept = bool(mask.any())
         plans.append(TablePlan.fine(table.spec, mask, rows) if kept else TablePlan.nested(table.spec, [0], [torch.cat(rows)]))
     return SizePlan(tuple(plans), session.space.align)
 
 
-def kept_weights(session: "Session", budget: Budget | None, threshold: float = 0.0) -> list[Tensor]:
+def kept_weights(session: "Session", budget: Budget | None, threshold: float = 0.0, *, relative: bool = False) -> list[Tensor]:
     """Return which single weights :func:`prune_weights` keeps: per table bool (V, D)."""
-    for table, magnitudes in zip(session.tables, _magnitudes(session), strict=True):
+    for table, magnitudes in zip(session.tables, _magnitudes(session, relative), strict=True):
         if not bool(magnitudes.isfinite().all()):
             raise AllocationError(
                 f"the weights of a table must be finite numbers; those of {str(table.spec)!r} are not.\n"
                 "  Possible solution: look for NaN or infinity in the tables' weights; the training may have diverged."
             )
-    least = threshold if budget is None else _bisect(session, budget)
-    return [_reaches(magnitudes, least) for magnitudes in _magnitudes(session)]
+    least = threshold if budget is None else _bisect(session, budget, relative)
+    return [_reaches(magnitudes, least) for magnitudes in _magnitudes(session, relative)]
 
 
-def _bisect(session: "Session", budget: Budget) -> float:
+def _bisect(session: "Session", budget: Budget, relative: bool) -> float:
     """Return the smallest threshold whose plan is within the budget."""
     limit = budget.limit(session.original_bytes)
-    largest = max(float(magnitudes.max()) for magnitudes in _magnitudes(session))
+    largest = max(float(magnitudes.max()) for magnitudes in _magnitudes(session, relative))
     low, high = 0.0, largest * (1 + 1e-6) + 1e-30  # at `high` nothing is kept, and nothing costs nothing
-    if _fine_cost(session, low, budget.unit) <= limit:
+    if _fine_cost(session, low, budget.unit, relative) <= limit:
         return low
     for _ in range(50):
         middle = (low + high) / 2
-        low, high = (low, middle) if _fine_cost(session, middle, budget.unit) <= limit else (middle, high)
-    if _fine_cost(session, high, budget.unit) > limit:
+        low, high = (low, middle) if _fine_cost(session, middle, budget.unit, relative) <= limit else (middle, high)
+    if _fine_cost(session, high, budget.unit, relative) > limit:
         raise BudgetError(f"no fine-grained plan fits {human_bytes(limit)}. Raise the budget.")
     return high
 
 
-def _magnitudes(session: "Session") -> Iterator[Tensor]:
+def _magnitudes(session: "Session", relative: bool) -> Iterator[Tensor]:
     for index in range(len(session.tables)):
-        yield session.merged_weight(index).abs()
+        weight = session.merged_weight(index)
+        yield weight.abs() / weight.square().mean().sqrt().clamp(min=_TINY) if relative else weight.abs()
 
 
 def _reaches(magnitudes: Tensor, threshold: float) -> Tensor:
@@ -164,9 +176,9 @@ def _reaches(magnitudes: Tensor, threshold: float) -> Tensor:
     return (magnitudes >= threshold) & (magnitudes > 0)
 
 
-def _fine_cost(session: "Session", threshold: float, unit: str) -> int:
+def _fine_cost(session: "Session", threshold: float, unit: str, relative: bool) -> int:
     total = 0
-    for table, magnitudes in zip(session.tables, _magnitudes(session), strict=True):
+    for table, magnitudes in zip(session.tables, _magnitudes(session, relative), strict=True):
         kept = int(_reaches(magnitudes, threshold).sum())
         if unit == "bytes" and kept:
             total += kept * table.spec.dtype.itemsize + fine_index_bytes(table.spec, kept)
