@@ -22,7 +22,9 @@ Differences from the paper:
       :class:`~embsearch_plugin.algorithms.parts.controller.Controller`. Adagrad's sum of squares starts at PyTorch's 0;
       TensorFlow's 0.1 makes small steps for thousands of updates.
     * ``warm_up`` is 50 weight steps, not 100K of 1M to 3M, to fit short runs. While the controller has learned little all arms
-      are about equally likely, so that every block goes on being trained. For long runs set some per cent of the steps.
+      are about equally likely, so that every block goes on being trained. For long runs set some per cent of the steps. A run
+      ends a search as it ends any training, and keeps the epoch of the best validation loss; where tables overfit soon, as
+      those of MovieLens-1M do, that is before the controller has converged.
     * Gates outside training are the mean over the controller's draws, as weights are scaled after dropout: the most likely
       choice is arbitrary while nothing is learned, and jumps. Both are one where the controller has converged. (MovieLens-1M,
       DLRM, after 2,238 controller steps: validation log loss .510 with the mean, .520 with the most likely choice, .550 with
