@@ -9,9 +9,9 @@ stays so, unless ranks are refreshed (:class:`SearchConfig`'s ``warm_up``): a ro
 
 Which weights are small? Han et al. prune each layer by a threshold of its own, a hand-tuned factor times the standard
 deviation of its weights. With one factor for all tables that is one threshold for weights that were divided by it
-(``relative``; here by the root mean square, as means are near zero). Weights may also be compared as they are. Where tables
-differ in worth, the size of their weights says so; where rows are trained unequally often, it does not. So a run tries both,
-and validation decides.
+(``relative``; here by the root mean square, as means are near zero). By default weights are compared as they are. Where tables
+differ in worth, the size of their weights says so; where rows are trained unequally often, it does not, and a budget may cost
+one table everything. Try both.
 
 Differences from Han et al.:
     * Embedding tables only.
@@ -21,17 +21,15 @@ Differences from Han et al.:
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.algorithms.parts.pruning import kept_pairs, kept_weights, prune_pairs, prune_weights
 from embsearch_plugin.budget import Budget
-from embsearch_plugin.collection import Table
 from embsearch_plugin.hookspecs import hookimpl
 from embsearch_plugin.plan import SizePlan, fine_index_bytes
 from embsearch_plugin.ranges import Ranges
-from embsearch_plugin.space import SearchSpace
 
 if TYPE_CHECKING:
     from embsearch_plugin.search.session import Session
@@ -43,8 +41,7 @@ class Magnitude(SearchConfig):
 
     Args:
         fine_grained: prune single weights instead of (block, column) pairs; in rounds only where tables are plain parameters.
-        relative: whether weights are divided by the root mean square of their table before they are compared. By default a run
-            tries it with and without; a session of one's own compares them as they are then.
+        relative: whether weights are divided by the root mean square of their table before they are compared.
         threshold: the smallest magnitude that is kept where no budget is (``derive(strict=False)``).
         rounds: prune so many times, ``every`` weight steps apart, the first time after ``warm_up`` weight steps. What is left
             recovers in between, so set ``every`` to some hundred steps.
@@ -54,7 +51,7 @@ class Magnitude(SearchConfig):
     ranges: ClassVar[Ranges] = {"relative": (False, True)}
     starts_from: ClassVar[Literal["scratch", "dense"]] = "dense"
     fine_grained: bool = False
-    relative: bool | None = None
+    relative: bool = False
     threshold: float = 0.01
     rounds: int = 1
 
@@ -90,10 +87,6 @@ class Magnitude(SearchConfig):
         """A plan is what is left after the last round."""
         return self.rounds
 
-    def allocations(self, tables: Sequence[Table], budget: Budget, space: SearchSpace) -> Sequence[SearchConfig]:
-        """Return both ways of comparing weights, where none was chosen."""
-        return [replace(self, relative=way) for way in (False, True)] if self.relative is None else [self]
-
     def build(self) -> "MagnitudeSearch":
         """Return the algorithm of one session."""
         return MagnitudeSearch(self)
@@ -113,10 +106,10 @@ class MagnitudeSearch:
             return {}
         ceiling = _ceiling(session, done / self.config.rounds, self.config.fine_grained)
         if self.config.fine_grained:
-            masks = kept_weights(session, ceiling, relative=self._relative)
+            masks = kept_weights(session, ceiling, relative=self.config.relative)
             session.keep_weights(masks)
             return {"weights_kept": sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)}
-        left = kept_pairs(session, ceiling, relative=self._relative)
+        left = kept_pairs(session, ceiling, relative=self.config.relative)
         gates = [gate * kept for gate, kept in zip(session.gates, left, strict=True)]
         session.set_gates(gates)
         return {"gates_open": sum(float(gate.sum()) for gate in gates) / sum(gate.numel() for gate in gates)}
@@ -125,11 +118,7 @@ class MagnitudeSearch:
     def embsearch_derive(self, session: "Session", budget: Budget | None) -> SizePlan:
         """Keep what is large."""
         prune = prune_weights if self.config.fine_grained else prune_pairs
-        return prune(session, budget, self.config.threshold, relative=self._relative)
-
-    @property
-    def _relative(self) -> bool:
-        return bool(self.config.relative)
+        return prune(session, budget, self.config.threshold, relative=self.config.relative)
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing: the weights, and the session's gates and kept weights, say it all."""

@@ -115,13 +115,6 @@ def test_relative_weights_are_those_of_tables_divided_by_their_root_mean_square(
     assert plan(False, [1.0, 1.0]) != plan(False, [1 / 128, 32.0])
 
 
-def test_a_run_tries_magnitudes_relative_and_as_they_are() -> None:
-    tables, space = [Table("c", "t", 60, 8, torch.float32, ("f",))], es.SearchSpace()
-    tried = es.Magnitude(rounds=2).allocations(tables, es.Budget.of("50%"), space)
-    assert list(tried) == [es.Magnitude(rounds=2, relative=False), es.Magnitude(rounds=2, relative=True)]
-    assert list(tried[1].allocations(tables, es.Budget.of("50%"), space)) == [tried[1]]
-
-
 def test_tables_of_zeros_are_pruned_first_however_weights_are_compared() -> None:
     for fine, relative in itertools.product((False, True), (False, True)):
         algorithm = es.Magnitude(fine_grained=fine, relative=relative)
