@@ -41,8 +41,10 @@ class Magnitude(SearchConfig):
 
     Args:
         fine_grained: prune single weights instead of (block, column) pairs; in rounds only where tables are plain parameters.
-        relative: whether weights are divided by the root mean square of their table before they are compared.
-        threshold: the smallest magnitude that is kept where no budget is (``derive(strict=False)``).
+        relative: whether weights are divided by their table's root mean square, removed ones counting as zeros, before they
+            are compared.
+        threshold: the smallest magnitude that is kept where no budget is (``derive(strict=False)``); where weights are
+            ``relative``, in root mean squares of their table.
         rounds: prune so many times, ``every`` weight steps apart, the first time after ``warm_up`` weight steps. What is left
             recovers in between, so set ``every`` to some hundred steps.
     """

@@ -344,10 +344,14 @@ def test_single_weights_of_diverged_tables_are_not_pruned(algorithm: Any, bad: f
             session.derive(strict=strict)
 
 
+@pytest.mark.parametrize(("relative", "threshold"), [(False, 0.3), (True, 0.88)])
 @pytest.mark.parametrize("fine_grained", [False, True])
-def test_without_a_budget_a_threshold_says_what_is_kept(fine_grained: bool) -> None:
-    """Single weights of at least 0.3; of pairs, columns whose root mean square in the block is, and those before them."""
-    algorithm = es.Magnitude(fine_grained=fine_grained, threshold=0.3)
+def test_without_a_budget_a_threshold_says_what_is_kept(fine_grained: bool, relative: bool, threshold: float) -> None:
+    """Single weights that reach it; of pairs, columns whose root mean square in the block does, and those before them.
+
+    For relative weights it is a number of root mean squares of their table.
+    """
+    algorithm = es.Magnitude(fine_grained=fine_grained, relative=relative, threshold=threshold)
     _, session, _ = searched(PLAIN, algorithm=algorithm, space=es.SearchSpace(row_blocks=3, align=1))
     with torch.no_grad():
         for table in session.model.collection.parameters():
@@ -356,8 +360,9 @@ def test_without_a_budget_a_threshold_says_what_is_kept(fine_grained: bool) -> N
     kept = 0
     for index, table in enumerate(session.tables):
         weight = session.merged_weight(index)
+        least = threshold * (float(weight.square().mean().sqrt()) if relative else 1.0)
         if fine_grained:
-            assert torch.equal(plan.tables[index].mask, weight >= 0.3)
+            assert torch.equal(plan.tables[index].mask, weight >= least)
             continue
         columns = list(plan.tables[index].columns or range(8))
         dims = [block.dim for block in plan.tables[index].blocks for _ in range(block.rows)]
@@ -366,7 +371,7 @@ def test_without_a_budget_a_threshold_says_what_is_kept(fine_grained: bool) -> N
         for block in range(3):
             rows = table.blocks.rows_of(block)
             (dim,) = {dim_of[row] for row in rows.tolist()}
-            large = weight[rows.long()].square().mean(0).sqrt() >= 0.3
+            large = weight[rows.long()].square().mean(0).sqrt() >= least
             assert set(large.nonzero().flatten().tolist()) <= set(columns[:dim])
             assert dim == 0 or bool(large[columns[dim - 1]])
             kept += dim

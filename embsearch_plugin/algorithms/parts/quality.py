@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Callable
 from functools import partial
+from typing import SupportsFloat
 
 import torch
 from torch import Tensor
@@ -86,10 +87,13 @@ def number(quality: str | Quality, value: object) -> float:
     Raises:
         QualityError: where it is none.
     """
+    got = f"{type(value).__name__} {value!r}"
+    if not isinstance(value, SupportsFloat):  # as a text, which float() would read
+        raise QualityError(_no_number(quality, got))
     try:
-        found = float(value + 0.0)  # type: ignore[operator]  # no text, which float() would read
+        found = float(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise QualityError(_no_number(quality, f"{type(value).__name__} {value!r}")) from error
+        raise QualityError(_no_number(quality, got)) from error
     if not math.isfinite(found):
         raise QualityError(_no_number(quality, str(found)))
     return found
