@@ -285,7 +285,7 @@ class Cells:
     def _build(self) -> nn.Module:
         """Build the recipe's model; equal seeds give equal models."""
         torch.manual_seed(self.seed)
-        return self.recipe.model.build(self.data.schema)
+        return self.recipe.model.build(self.data.schema).to(self._train.device)
 
     def _fresh(self, plan: SizePlan) -> nn.Module:
         """Build the recipe's model as the plan wants it, nothing of it trained."""

@@ -177,10 +177,11 @@ def report(folder: Path, markdown: bool) -> None:
 @click.option("--rows", default=100_000, show_default=True, help="Rows of each of the 26 tables.")
 @click.option("--batch", default=4096, show_default=True, help="Examples per step.")
 @click.option("--repeats", default=12, show_default=True, help="Steps of each kind; the median counts.")
+@click.option("--device", default="cpu", show_default=True, help="Where models and batches are: cpu or cuda.")
 @click.option("--threads", default=1, show_default=True, help="Threads of torch.")
 @click.option("--sweep", default="10000,100000,1000000", show_default=True, help="Rows per table to compare.")
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Write all numbers to this file, too.")
-def bench(rows: int, batch: int, repeats: int, threads: int, sweep: str, file: Path | None) -> None:
+def bench(rows: int, batch: int, repeats: int, device: str, threads: int, sweep: str, file: Path | None) -> None:
     """Measure what a search and a compact model cost, beside plain training on the same kernels. Takes some minutes."""
     stack.require()
     import torch
@@ -195,7 +196,7 @@ def bench(rows: int, batch: int, repeats: int, threads: int, sweep: str, file: P
     console = Console(width=None if sys.stdout.isatty() else 140)
     with console.status("") as status:
         numbers = tuple(int(number) for number in sweep.split(",") if number)
-        found = measure(Workload(rows=rows, batch=batch), repeats, numbers, status.update)
+        found = measure(Workload(rows=rows, batch=batch, device=device), repeats, numbers, status.update)
     show(found, console)
     if file:
         write_json(file, found)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from embsearch_plugin.errors import DataError
+from embsearch_plugin.search.objective import move
 from embsearch_plugin.tasks import CLICK, Score, Task
 
 
@@ -20,7 +21,7 @@ def evaluate(model: nn.Module, batches: Iterable[Any], task: Task = CLICK) -> Sc
     training = model.training
     model.eval()
     try:
-        answers = [model(batch)[1][1:] for batch in batches]
+        answers = [model(move(batch, device_of(model)))[1][1:] for batch in batches]
     finally:
         model.train(training)
     if not answers:
@@ -28,3 +29,8 @@ def evaluate(model: nn.Module, batches: Iterable[Any], task: Task = CLICK) -> Sc
     logits = torch.cat([logits.float().cpu() for logits, _ in answers])
     labels = torch.cat([labels.float().cpu() for _, labels in answers])
     return task.measure(logits, labels)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where a model's parameters are, and its batches must be; one without any is on the CPU."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

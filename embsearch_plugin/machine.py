@@ -9,23 +9,52 @@ from typing import Any
 
 import torch
 
+from embsearch_plugin.errors import StackError
+
 PACKAGES = ("embsearch-plugin", "torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu")
 
 
 def clock() -> float:
-    """Return seconds: the process's own with one thread, whatever others do on the machine; otherwise the wall clock's."""
-    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+    """Return seconds: the process's own with one thread, whatever others do on the machine; otherwise the wall clock's.
+
+    Where a GPU is used it is the wall clock's, once the GPU has done all it was given.
+    """
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.process_time() if _own_time() else time.perf_counter()
 
 
 def clock_name() -> str:
     """Return what :func:`clock` reads."""
-    return "CPU time of the process" if torch.get_num_threads() == 1 else "wall clock"
+    return "CPU time of the process" if _own_time() else "wall clock"
+
+
+def _own_time() -> bool:
+    return torch.get_num_threads() == 1 and not torch.cuda.is_initialized()
+
+
+def begin_to_use(device: str) -> None:
+    """Make sure that ``device`` is there, and let :func:`clock` be that of it.
+
+    Raises:
+        StackError: where it is not there.
+    """
+    if device == "cpu":
+        return
+    count, number = torch.cuda.device_count(), torch.device(device).index or 0
+    if number >= count:
+        raise StackError(
+            f"device {device!r} is not there: torch sees {count} CUDA device(s).\n  Possible solutions: 1) device=cpu  "
+            "2) `embsearch doctor` says what is wrong with the installation."
+        )
+    torch.cuda.init()
 
 
 def machine() -> dict[str, Any]:
     """Say what it runs on, as plain data."""
     return {
         "processor": _processor(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_initialized() else None,
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "clock": clock_name(),

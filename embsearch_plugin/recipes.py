@@ -1,5 +1,6 @@
 """Recipes: a run in YAML, read as a whole, with every problem listed at once."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import product
@@ -60,6 +61,7 @@ class Train:
         clip_norm: the norm of all gradients together is clipped to it, as by TensorFlow's ``clip_by_global_norm``.
         l2: weight of the squared looked-up embeddings (after gates), summed per example, in the loss.
         fused: put the tables on fused kernels with an optimizer of their own.
+        device: where models are trained and measured: ``cpu``, ``cuda`` or ``cuda:1``.
     """
 
     ranges: ClassVar[Ranges] = {"lr": Range(1e-4, 1e-2, log=True), "l2": Range(1e-5, 1e-2, log=True)}
@@ -71,8 +73,11 @@ class Train:
     clip_norm: float | None = None
     l2: float = 0.0
     fused: Fused | None = None
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise ValueError(f"device must be cpu, cuda or cuda:N, got {self.device!r}")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"unknown optimizer {self.optimizer!r}.{did_you_mean(self.optimizer, OPTIMIZERS)}")
         if self.clip_norm is not None and (self.clip_norm <= 0 or self.fused):

@@ -31,7 +31,7 @@ from embsearch_plugin.collection import Table
 from embsearch_plugin.data.dataset import Dataset, Split
 from embsearch_plugin.errors import BudgetError, DataError, NonFiniteLoss, RunFolderError
 from embsearch_plugin.files import write_json, write_text
-from embsearch_plugin.machine import clock_name, machine, versions
+from embsearch_plugin.machine import begin_to_use, clock_name, machine, versions
 from embsearch_plugin.plan import SizePlan
 from embsearch_plugin.plugins import find_collections, manager
 from embsearch_plugin.randomness import private_random
@@ -60,8 +60,10 @@ def run(recipe: Recipe, folder: Path, *, resume: bool = False, watcher: Watcher 
         RunFolderError: where the folder is not empty and ``resume`` is not given, where it holds another recipe's run or one
             on other data, or while another process runs in it.
         NonFiniteLoss: where the dense model diverges in every trial.
+        StackError: where the recipe's device is not there.
     """
     check_folder(recipe, folder, resume)
+    begin_to_use(recipe.train.device)
     data = recipe.data.load()
     with opened(recipe, folder, data):
         matrix = Matrix(recipe, folder, data, watcher or Watcher())

@@ -16,11 +16,12 @@ from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from embsearch_plugin.data.dataset import Batches
 from embsearch_plugin.errors import NonFiniteLoss, SessionError
-from embsearch_plugin.evaluation import evaluate
+from embsearch_plugin.evaluation import device_of, evaluate
 from embsearch_plugin.files import read_state, write_state
 from embsearch_plugin.fused import FusedEmbeddingBags
 from embsearch_plugin.machine import clock
 from embsearch_plugin.recipes import Train
+from embsearch_plugin.search.objective import move
 from embsearch_plugin.search.session import Session
 from embsearch_plugin.tasks import CLICK, Task
 
@@ -143,11 +144,11 @@ def _search_steps(stage: Stage) -> int:
 def train_epoch(stage: Stage, stepped: Callable[[], None] = lambda: None) -> tuple[float, int]:
     """Take one pass over the training split; return the mean training loss, and how many weight steps it took."""
     stage.model.train()
-    total, steps = 0.0, 0
+    total, steps, device = 0.0, 0, device_of(stage.model)
     with decayed(stage.model, stage.options.l2) as forward:
         for batch in islice(stage.train, stage.steps):
             stage.optimizer.zero_grad()
-            loss, _ = forward(batch)
+            loss, _ = forward(move(batch, device))
             loss.backward()
             if stage.options.clip_norm is not None:
                 nn.utils.clip_grad_norm_(stage.model.parameters(), stage.options.clip_norm)
@@ -235,7 +236,7 @@ def _state(stage: Stage) -> dict[str, Any]:
         "observers": {name: observer.state_dict() for name, observer in stage.observers.items()},
         "history": stage.history,
         "epoch": stage.train.epoch,
-        "random": torch.get_rng_state(),
+        "random": [generator.get_state() for generator in _generators()],
     }
 
 
@@ -258,7 +259,13 @@ def _resume(stage: Stage) -> None:
         observer.load_state_dict(state["observers"][name])
     stage.history[:] = state["history"]
     stage.train.epoch = state["epoch"]
-    torch.set_rng_state(state["random"])
+    for generator, random in zip(_generators(), state["random"], strict=True):
+        generator.set_state(random)
+
+
+def _generators() -> list[torch.Generator]:
+    """Return those that models draw from; the GPUs' are there once one is used."""
+    return [torch.default_generator, *torch.cuda.default_generators]
 
 
 def _fused(stage: Stage) -> list[FusedEmbeddingBags]:

@@ -1,5 +1,6 @@
 """Small models and batches for tests, in every form that an EmbeddingBagCollection takes."""
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,9 @@ from embsearch_plugin.compact.collection import CompactEmbeddingBagCollection
 from embsearch_plugin.plugins import algorithms
 from embsearch_plugin.streaming.base import StreamConfig
 from embsearch_plugin.streaming.session import StreamSession
+
+DEVICE = torch.device(os.environ.get("EMBSEARCH_TEST_DEVICE", "cpu"))
+"""Where models and batches are: that of ``pytest --device``."""
 
 SEARCHES = sorted(name for name, config in algorithms().items() if issubclass(config, SearchConfig))
 STREAMS = sorted(name for name, config in algorithms().items() if issubclass(config, StreamConfig))
@@ -42,7 +46,7 @@ class World:
         return rows
 
     def collection(self, device: str | None = None) -> EmbeddingBagCollection:
-        return EmbeddingBagCollection(
+        collection = EmbeddingBagCollection(
             [
                 EmbeddingBagConfig(
                     name=name,
@@ -57,6 +61,7 @@ class World:
             is_weighted=self.weighted,
             device=torch.device(device) if device else None,
         )
+        return collection if device else placed(collection)
 
     def features(self, batch: int, seed: int, keys: Sequence[str] | None = None) -> KeyedJaggedTensor:
         """Random bags: of one id, or of up to ``longest_bag``, empty ones among them."""
@@ -69,12 +74,12 @@ class World:
         per_key = lengths.view(len(keys), batch).sum(1).tolist()
         skewed = [torch.rand(n, generator=random) ** 3 * self.rows[key] for key, n in zip(keys, per_key, strict=True)]
         weights = torch.rand(int(lengths.sum()), generator=random) + 0.5 if self.weighted else None
-        return KeyedJaggedTensor(keys=keys, values=torch.cat(skewed).long(), lengths=lengths, weights=weights)
+        return KeyedJaggedTensor(keys=keys, values=torch.cat(skewed).long(), lengths=lengths, weights=weights).to(DEVICE)
 
     def batch(self, batch: int = 32, seed: int = 0) -> Batch:
         random = torch.Generator().manual_seed(seed + 10_000)
         labels = torch.randint(0, 2, (batch,), generator=random).float()
-        return Batch(torch.randn(batch, 3, generator=random), self.features(batch, seed), labels)
+        return Batch(torch.randn(batch, 3, generator=random), self.features(batch, seed), labels).to(DEVICE)
 
 
 SUM, MEAN = PoolingType.SUM, PoolingType.MEAN
@@ -110,15 +115,20 @@ class Task(nn.Module):
         return loss, (loss.detach(), logits.detach(), batch.labels)
 
 
+def placed(model: nn.Module) -> Any:
+    """Put a model on the device; one on the meta device stays there."""
+    return model if any(p.is_meta for p in model.parameters()) else model.to(DEVICE)
+
+
 def task(world: World, seed: int = 0) -> Task:
     """Build the train task of a world; equal seeds give equal weights."""
     torch.manual_seed(seed)
-    return Task(world.collection(), sum(dim * len(features) for _, _, dim, features, _ in world.tables))
+    return placed(Task(world.collection(), sum(dim * len(features) for _, _, dim, features, _ in world.tables)))
 
 
 def dlrm(world: World = PLAIN, seed: int = 0) -> DLRMTrain:
     torch.manual_seed(seed)
-    return DLRMTrain(DLRM(world.collection(), 3, [8, 8], [8, 1]))
+    return placed(DLRMTrain(DLRM(world.collection(), 3, [8, 8], [8, 1])))
 
 
 def train(model: nn.Module, optimizer: Any, batches: Iterable[Batch]) -> list[float]:

@@ -36,7 +36,10 @@ def _bytes(collection: nn.Module) -> dict[str, int]:
 
 
 def peak_bytes(work: Workload, *, search: bool) -> int:
-    """Return the peak of a training's memory, once it runs, above what the process held before the model was built."""
+    """Return the peak of a training's memory, once it runs, above what the process held before the model was built.
+
+    On a GPU it is the memory of its tensors there.
+    """
     command = [sys.executable, "-m", __name__, json.dumps(asdict(work)), "search" if search else "plain"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -64,6 +67,9 @@ def _train(work: Workload, search: bool) -> None:
 def _forget_peak() -> None:
     """Give freed memory back, and let the highest level so far be the present one."""
     gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+        return
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
@@ -76,11 +82,13 @@ def _status(key: str) -> int:
 
 def _main() -> None:
     torch.set_num_threads(1)
-    work, small = Workload(**json.loads(sys.argv[1])), Workload(tables=2, rows=100, batch=16)
-    _train(small, search=True)  # what is loaded at first use is not counted
-    before = _status("VmRSS")
+    work = Workload(**json.loads(sys.argv[1]))
+    _train(work.alike(tables=2, rows=100, batch=16), search=True)  # what is loaded at first use is not counted
+    gc.collect()
+    before = torch.cuda.memory_allocated() if torch.cuda.is_initialized() else _status("VmRSS")
     _train(work, search=sys.argv[2] == "search")
-    sys.stdout.write(f"{_status('VmHWM') - before}\n")
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else _status("VmHWM")
+    sys.stdout.write(f"{peak - before}\n")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from embsearch_plugin.bench.memory import peak_bytes, stored_bytes
 from embsearch_plugin.bench.timing import Row, growth, lookups, model_steps
 from embsearch_plugin.bench.workload import DENSE, SPARSE, TBE, Workload
 from embsearch_plugin.budget import human_bytes
-from embsearch_plugin.machine import machine, versions
+from embsearch_plugin.machine import begin_to_use, machine, versions
 
 BAGS = (1, 10)
 SWEEP = {"tables": 8, "batch": 1024}
@@ -29,6 +29,7 @@ def run(work: Workload, repeats: int, sweep: tuple[int, ...], say: Callable[[str
         sweep: rows per table, for what is measured against the number of rows.
         say: told what is being measured.
     """
+    begin_to_use(work.device)
     times = []
     for bag in BAGS:
         for kernels in (TBE, SPARSE):
@@ -65,7 +66,7 @@ def _head(found: dict[str, Any]) -> str:
     packages = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     return (
         f"DLRM, {work['tables']} tables of {work['rows']:,} x {work['dim']}, batch {work['batch']}\n"
-        f"{on['processor']}, {on['threads']} thread(s); {packages}; times: {on['clock']}"
+        f"{on['gpu'] or on['processor']}, {on['threads']} thread(s); {packages}; times: {on['clock']}"
     )
 
 

@@ -41,6 +41,7 @@ class Workload:
         batch: B.
         bag: ids per bag: each bag holds one, or 1 to ``2 * bag - 1`` of them.
         kernels: what looks tables up and trains them: FBGEMM's fused row-wise Adagrad, or the plain collection and SGD.
+        device: where models and batches are.
     """
 
     tables: int = 26
@@ -49,6 +50,7 @@ class Workload:
     batch: int = 4096
     bag: int = 1
     kernels: Kernels = TBE
+    device: str = "cpu"
 
     @property
     def fused(self) -> bool:
@@ -67,7 +69,7 @@ class Workload:
         ranks = (torch.rand(int(lengths.sum()), generator=draw) ** SKEW * self.rows).long()
         features = KeyedJaggedTensor([f"f{i}" for i in range(self.tables)], self._order[ranks], lengths=lengths)
         labels = torch.randint(0, 2, (self.batch,), generator=draw).float()
-        return Batch(torch.randn(self.batch, 13, generator=draw), features, labels)
+        return Batch(torch.randn(self.batch, 13, generator=draw), features, labels).to(torch.device(self.device))
 
     @cached_property
     def _order(self) -> Tensor:
@@ -76,6 +78,9 @@ class Workload:
 
     def model(self) -> nn.Module:
         """Build the DLRM in its train task, its tables plain."""
+        return self._built().to(self.device)
+
+    def _built(self) -> nn.Module:
         schema = Schema(tuple(Field(f"f{i}", self.rows) for i in range(self.tables)), tuple(f"n{i}" for i in range(13)))
         torch.manual_seed(0)
         model = Dlrm(embedding_dim=self.dim).build(schema)
@@ -111,7 +116,7 @@ class Workload:
 
     def _on_meta(self) -> nn.Module:
         with torch.device("meta"):
-            return self.model()
+            return self._built()
 
     def alike(self, **changes: Any) -> "Workload":
         """Return it with some values changed."""

@@ -16,6 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from embsearch_plugin.cells import DENSE, Row
 from embsearch_plugin.errors import NonFiniteLoss, RecipeError, RunFolderError, StudyError
 from embsearch_plugin.files import locked, write_json, write_text
+from embsearch_plugin.machine import begin_to_use
 from embsearch_plugin.plain import to_plain
 from embsearch_plugin.recipes import Recipe, load_recipe, to_yaml
 from embsearch_plugin.report.study import write_study_report
@@ -72,6 +73,7 @@ class Conductor:
                 has succeeded.
         """
         check(self.recipe)
+        begin_to_use(self.recipe.train.device)
         workshop = Workshop(self.recipe.data.load(), self.folder)
         self._check_groups(workshop)
         with explained(self._url):

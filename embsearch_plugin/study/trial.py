@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from itertools import islice
 from statistics import fmean
 
 import optuna
@@ -11,7 +12,9 @@ from embsearch_plugin.bench.timing import forward, medians
 from embsearch_plugin.cells import Place, Row
 from embsearch_plugin.data.dataset import Dataset
 from embsearch_plugin.errors import BudgetError, ModelError, RecipeError, SessionError, SpaceError, StudyError, did_you_mean
+from embsearch_plugin.evaluation import device_of
 from embsearch_plugin.recipes import Recipe
+from embsearch_plugin.search.objective import move
 from embsearch_plugin.study.config import BYTES, LATENCY, METRIC
 from embsearch_plugin.study.parameters import study_of
 from embsearch_plugin.study.pruning import report
@@ -144,7 +147,7 @@ def worth(objective: Metric, recipe: Recipe, rows: list[Row], workshop: Workshop
 
 def latency(model: nn.Module, data: Dataset, recipe: Recipe) -> float:
     """Return the median time of looking up a validation batch in all of a model's collections, in microseconds."""
-    batches = [batch for batch, _ in zip(data.batches("validation", recipe.train.batch_size), range(BATCHES), strict=False)]
+    batches = [move(batch, device_of(model)) for batch in islice(data.batches("validation", recipe.train.batch_size), BATCHES)]
     collections = [forward(collection) for collection in outermost_collections(model.eval())]
     found = medians({str(number): lookup for number, lookup in enumerate(collections)}, batches, LOOKUPS)
     return 1000 * sum(found.values())

@@ -1,0 +1,85 @@
+"""What a GPU must give: the CPU's answers, a run from a recipe, figures of the benchmark.
+
+Most of what must hold on a GPU is what must hold on a CPU: ``pytest --device cuda tests/contract tests/supernet``.
+"""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from support import SEARCHES, WORLDS, relative_error, searched, task
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+
+import embsearch_plugin as es
+from embsearch_plugin.cli import main
+from embsearch_plugin.fused import FusedEmbeddingBags
+from embsearch_plugin.plugins import algorithms
+from embsearch_plugin.recipes import load_recipe
+from embsearch_plugin.run import run
+from embsearch_plugin.search.objective import move
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+OPTIMIZERS = ["EXACT_SGD", "EXACT_ROWWISE_ADAGRAD", "EXACT_ADAGRAD", "ADAM"]
+
+
+def trained(plain: EmbeddingBagCollection, device: torch.device, optimizer: str, world: str) -> FusedEmbeddingBags:
+    fused = {"optimizer": EmbOptimType[optimizer], "learning_rate": 0.05}
+    bags = FusedEmbeddingBags(copy.deepcopy(plain).to(device), fused)
+    for seed in range(3):
+        bags(WORLDS[world].features(20, seed).to(device)).values().square().sum().backward()
+    return bags
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("world", WORLDS)
+def test_fused_tables_train_as_on_the_cpu(world: str, optimizer: str) -> None:
+    plain = WORLDS[world].collection("cpu")
+    here, there = (trained(plain, device, optimizer, world) for device in (CUDA, CPU))
+    tolerance = 1e-2 if world == "half" else 1e-4
+    for mine, theirs in zip(here.parameters(), there.parameters(), strict=True):
+        torch.testing.assert_close(mine.cpu(), theirs, atol=tolerance, rtol=tolerance)
+    for table, state in there.optimizer_states().items():
+        for name, tensor in state.items():
+            mine = here.optimizer_states()[table][name].cpu()
+            torch.testing.assert_close(mine, tensor, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("world", ["one id", "mean", "weighted", "shared feature", "unequal dims"])
+@pytest.mark.parametrize("algorithm", SEARCHES)
+def test_a_search_moved_to_a_gpu_yields_what_answers_alike_on_the_cpu(
+    algorithm: str, world: str, tmp_path: Path
+) -> None:
+    model, session, _ = searched(WORLDS[world], algorithm=algorithms()[algorithm](warm_up=3), budget="55%")
+    model.to(CUDA)
+    plan = session.derive()
+    session.compact(plan)
+    es.save(model, plan, tmp_path)
+    loaded = es.load(tmp_path, task(WORLDS[world], seed=9).to(CPU))
+    batch = WORLDS[world].batch(seed=33)
+    mine, theirs = (net.eval()(move(batch, device))[1][1].cpu() for net, device in ((model, CUDA), (loaded, CPU)))
+    assert relative_error(mine, theirs) <= 1e-5
+
+
+def test_a_recipe_runs_and_goes_on(tmp_path: Path) -> None:
+    overrides = ["train.device=cuda", "train.epochs=2", "seeds=[0]", "data.examples=4000"]
+    recipe = load_recipe(Path("recipes/demo.yaml"), overrides)
+    metrics = run(recipe, tmp_path / "run")
+    assert metrics["machine"]["gpu"] == torch.cuda.get_device_name()
+    assert metrics["machine"]["clock"] == "wall clock"
+    assert run(recipe, tmp_path / "run", resume=True)["cells"] == metrics["cells"]
+
+
+def test_the_benchmark_measures_the_gpu(tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+    small = ["--rows", "300", "--batch", "16", "--repeats", "1", "--sweep", "100", "--json", str(file), "--device", "cuda"]
+    result = CliRunner().invoke(main, ["bench", *small])
+    assert result.exit_code == 0, result.output
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert found["machine"]["gpu"] == torch.cuda.get_device_name()
+    assert all(peak["plain"] > 0 for peak in found["peak_bytes"].values())
