@@ -67,7 +67,7 @@ def test_a_search_moved_to_a_gpu_yields_what_answers_alike_on_the_cpu(
 
 
 def test_a_recipe_runs_and_goes_on(tmp_path: Path) -> None:
-    overrides = ["train.device=cuda", "train.epochs=2", "seeds=[0]", "data.examples=4000"]
+    overrides = ["train.device=cuda", "train.epochs=2", "search.algorithm={name: dnis, warm_up: 2}", "data.examples=4000"]
     recipe = load_recipe(Path("recipes/demo.yaml"), overrides)
     metrics = run(recipe, tmp_path / "run")
     assert metrics["machine"]["gpu"] == torch.cuda.get_device_name()
