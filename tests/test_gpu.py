@@ -52,9 +52,7 @@ def test_fused_tables_train_as_on_the_cpu(world: str, optimizer: str) -> None:
 
 @pytest.mark.parametrize("world", ["one id", "mean", "weighted", "shared feature", "unequal dims"])
 @pytest.mark.parametrize("algorithm", SEARCHES)
-def test_a_search_moved_to_a_gpu_yields_what_answers_alike_on_the_cpu(
-    algorithm: str, world: str, tmp_path: Path
-) -> None:
+def test_a_search_moved_to_a_gpu_yields_what_answers_alike_on_the_cpu(algorithm: str, world: str, tmp_path: Path) -> None:
     model, session, _ = searched(WORLDS[world], algorithm=algorithms()[algorithm](warm_up=3), budget="55%")
     model.to(CUDA)
     plan = session.derive()
