@@ -214,3 +214,14 @@ FORMED = {
     "sam": es.Sam(candidates=(2, 4)),
 }
 """Algorithms whose tables have forms."""
+
+
+def random_state() -> list[Tensor]:
+    """The state of every generator that models draw from."""
+    return [generator.get_state() for generator in (torch.default_generator, *torch.cuda.default_generators)]
+
+
+def set_random_state(state: Sequence[Tensor]) -> None:
+    """Go on from ``state``, once a model is where it was."""
+    for generator, each in zip((torch.default_generator, *torch.cuda.default_generators), state, strict=True):
+        generator.set_state(each)

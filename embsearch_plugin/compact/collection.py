@@ -213,16 +213,21 @@ class CompactEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         places = self._places(features)
         weights = features.weights().split(features.length_per_key()) if self._weighted else None
         of_feature = dict(zip(self._features, weights, strict=True)) if weights is not None else {}
-        held = []
-        for part in self._parts:
-            feature = self._slots[part.slot].feature
-            bag = places[part.slot], lengths[feature], of_feature.get(feature)
-            held.append(_held(*bag, part.chunk.rows) if part.partial else bag)
+        slots = [(places[part.slot], self._slots[part.slot].feature) for part in self._parts]
+        bags = [(of_slot, lengths[feature], of_feature.get(feature)) for of_slot, feature in slots]
+        limits = [part.chunk.rows for part in self._parts]
+        if features.values().is_cuda and any(part.partial for part in self._parts):
+            # The host waits for the number of ids that are left: once, so all parts are joined before.
+            keep = torch.cat([of_part[0] < limit for of_part, limit in zip(bags, limits, strict=True)])
+            values, kept, held_weights = _held_by_sums(*_joined(bags), keep)
+        else:
+            held = zip(bags, limits, self._parts, strict=True)
+            values, kept, held_weights = _joined([_held(*bag, limit) if part.partial else bag for bag, limit, part in held])
         return KeyedJaggedTensor(
-            keys=[str(number) for number in range(len(held))],
-            values=torch.cat([values for values, _, _ in held]),
-            lengths=torch.cat([kept for _, kept, _ in held]),
-            weights=torch.cat([w for _, _, w in held if w is not None]) if self._weighted else None,
+            keys=[str(number) for number in range(len(bags))],
+            values=values,
+            lengths=kept,
+            weights=held_weights,
             stride=features.stride(),
         )
 
@@ -260,7 +265,17 @@ class CompactEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         return ids
 
 
-def _held(places: Tensor, lengths: Tensor, weights: Tensor | None, limit: int) -> tuple[Tensor, Tensor, Tensor | None]:
+_Bags = tuple[Tensor, Tensor, Tensor | None]
+"""Places (n,), lengths (B,), and weights (n,) where ids have weights."""
+
+
+def _joined(parts: Sequence[_Bags]) -> _Bags:
+    """Put the bags of several parts one after the other."""
+    places, lengths, weights = zip(*parts, strict=True)
+    return torch.cat(places), torch.cat(lengths), None if weights[0] is None else torch.cat(weights)
+
+
+def _held(places: Tensor, lengths: Tensor, weights: Tensor | None, limit: int) -> _Bags:
     """Leave out the ids whose place is not below ``limit``; return the rest's places, lengths and weights.
 
     Args:
@@ -272,6 +287,14 @@ def _held(places: Tensor, lengths: Tensor, weights: Tensor | None, limit: int) -
     keep = places < limit
     held, kept = torch.ops.fbgemm.masked_select_jagged_1d(places, lengths, keep)
     return held, kept, None if weights is None else weights.masked_select(keep)
+
+
+def _held_by_sums(places: Tensor, lengths: Tensor, weights: Tensor | None, keep: Tensor) -> _Bags:
+    """Leave out the ids that are not to ``keep``, bool (n,), on a GPU: FBGEMM's own way is for the CPU only."""
+    seen = torch.ops.fbgemm.asynchronous_complete_cumsum(keep.int())
+    ends = torch.ops.fbgemm.asynchronous_complete_cumsum(lengths.long())
+    kept = seen.index_select(0, ends).diff().to(lengths.dtype)
+    return places.masked_select(keep), kept, None if weights is None else weights.masked_select(keep)
 
 
 def chunk_name(table: str, chunk: int) -> str:

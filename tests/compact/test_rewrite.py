@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from support import PLAIN, WORLDS, searched, stored_bytes, task, train
+from support import DEVICE, PLAIN, WORLDS, searched, stored_bytes, task, train
 
 import embsearch_plugin as es
 from embsearch_plugin.collection import Table
+from embsearch_plugin.compact.collection import _held, _held_by_sums
 from embsearch_plugin.errors import InputError, PlanError
 from embsearch_plugin.plan import SizePlan, TablePlan
 
@@ -52,7 +53,7 @@ def test_gradients_are_the_originals(world: str, dims: tuple[tuple[int, ...], ..
     features = WORLDS[world].features(50, seed=3)
     width = original.collection(features).values().shape[1]
     for collection in (model.collection, original.collection):
-        (collection(features).values() * torch.arange(50 * width).view(50, width).sin()).sum().backward()
+        (collection(features).values() * torch.arange(50 * width, device=DEVICE).view(50, width).sin()).sum().backward()
     for index, table in enumerate(plan.tables):
         gradient = original.collection.embedding_bags[table.table.name].weight.grad
         order = torch.arange(table.table.rows) if table.order is None else table.order.long()
@@ -82,6 +83,17 @@ def test_training_goes_on_as_if_nothing_had_happened(name: str) -> None:
         torch.manual_seed(3)
         losses.append(train(model, optimizer, (PLAIN.batch(seed=40 + i) for i in range(6))))
     torch.testing.assert_close(losses[0], losses[1], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_what_leaves_ids_out_on_a_gpu_does_what_does_it_on_the_cpu(world: str) -> None:
+    features = WORLDS[world].features(50, seed=3)
+    places, lengths, weights = features.values().cpu(), features.lengths().cpu(), features.weights_or_none()
+    weights = None if weights is None else weights.cpu()
+    for limit in (0, 1, 40, 1000):
+        expected = _held(places, lengths, weights, limit)
+        for mine, theirs in zip(_held_by_sums(places, lengths, weights, places < limit), expected, strict=True):
+            assert mine is theirs is None or (mine.dtype == theirs.dtype and torch.equal(mine, theirs))
 
 
 def test_folded_gates_rescale_the_state() -> None:

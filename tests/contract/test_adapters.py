@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import WORLDS, relative_error, stored_bytes, task
+from support import DEVICE, WORLDS, relative_error, stored_bytes, task
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
@@ -52,9 +52,7 @@ def test_the_supernet_answers_as_the_original_and_keeps_its_parameters(adapter: 
     (found,) = find_collections(build())
     original = copy.deepcopy(found.module)
     supernet = build_supernet(found, ())
-    supernet.set_blocks(
-        cut_tables(found.tables, [torch.arange(t.rows) for t in found.tables], SearchSpace()), torch.device("cpu")
-    )
+    supernet.set_blocks(cut_tables(found.tables, [torch.arange(t.rows) for t in found.tables], SearchSpace()), DEVICE)
     got, expected = outputs(supernet(features(3))), outputs(original(features(3)))
     assert list(got) == list(expected)
     for key, value in got.items():

@@ -8,7 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import PLAIN, SEARCHES, WORLDS, Task, relative_error, searched, stored_bytes, task, train
+from support import (
+    DEVICE,
+    PLAIN,
+    SEARCHES,
+    WORLDS,
+    Task,
+    random_state,
+    relative_error,
+    searched,
+    set_random_state,
+    stored_bytes,
+    task,
+    train,
+)
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -18,6 +31,7 @@ from embsearch_plugin.files import read_state, write_state
 from embsearch_plugin.plan import SizePlan
 from embsearch_plugin.plugins import algorithms
 from embsearch_plugin.ranges import Range
+from embsearch_plugin.search.objective import move
 from embsearch_plugin.search.session import Session
 
 everywhere = pytest.mark.parametrize(("algorithm", "world"), [(algorithm, world) for algorithm in SEARCHES for world in WORLDS])
@@ -78,7 +92,8 @@ def kept(plan: SizePlan, index: int, width: int) -> Tensor:
 
 def rows_under(session: Session, plan: SizePlan, index: int) -> tuple[Tensor, Tensor]:
     """A table's rows as the model sees them under the plan, (V, D), and what is added to every bag, (D,)."""
-    table, fold, merged = plan.tables[index], session.folds(plan)[index], session.merged_weight(index)
+    table = plan.tables[index]
+    fold, merged = move((session.folds(plan)[index], session.merged_weight(index)), torch.device("cpu"))
     rows, bias = torch.zeros(table.table.rows, table.table.dim), torch.zeros(table.table.dim)
     if table.mask is not None:
         return merged * table.mask, bias
@@ -110,7 +125,7 @@ def test_the_compact_model_equals_the_gated_one_under_the_plan(algorithm: str, w
         model.train(training)
         got, expected = model.collection(features), original.train(training)(features)
         assert (got.keys(), got.length_per_key()) == (expected.keys(), expected.length_per_key())
-        difference = relative_error(got.values(), expected.values() + torch.cat(bias))
+        difference = relative_error(got.values(), expected.values() + torch.cat(bias).to(DEVICE))
         assert difference <= (1e-3 if world == "half" else 1e-5)
 
 
@@ -145,7 +160,7 @@ def test_a_plan_applied_to_a_fresh_model_has_the_same_shape(algorithm: str, tmp_
 def test_a_search_goes_on_from_a_checkpoint_in_a_new_process(algorithm: str, tmp_path: Path) -> None:
     model, session, optimizer = run(algorithm, steps=8)
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "session": session.state_dict()}
-    write_state(tmp_path / "state", {**state, "random": torch.get_rng_state()})
+    write_state(tmp_path / "state", {**state, "random": random_state()})
     train(model, optimizer, (PLAIN.batch(seed=i) for i in range(8, 16)))
     session.derive().save(tmp_path / "expected.json")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -161,7 +176,7 @@ def resume(algorithm: str, folder: Path) -> None:
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     session.load_state_dict(state["session"])
-    torch.set_rng_state(state["random"])
+    set_random_state(state["random"])
     train(model, optimizer, (PLAIN.batch(seed=i) for i in range(8, 16)))
     session.derive().save(folder / "resumed.json")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import STREAMING, STREAMS, WORLDS, Task, streamed, train
+from support import STREAMING, STREAMS, WORLDS, Task, random_state, set_random_state, streamed, train
 from torch import Tensor
 
 import embsearch_plugin as es
@@ -33,7 +33,7 @@ def stream(algorithm: str, rows: str, steps: int = 8) -> tuple[Task, StreamSessi
 
 def state_of(model: Task, session: StreamSession, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     states = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "session": session.state_dict()}
-    return {**states, "random": torch.get_rng_state()}
+    return {**states, "random": random_state()}
 
 
 def same(one: Any, other: Any) -> bool:
@@ -109,7 +109,7 @@ def resume(folder: Path) -> None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         session.load_state_dict(state["session"])
-        torch.set_rng_state(state["random"])
+        set_random_state(state["random"])
         losses = train(model, optimizer, batches(8, 16))
         after = {**state_of(model, session, optimizer), "losses": losses, "bytes": [session.used_bytes, session.held_bytes]}
         write_state(folder / f"{algorithm}-{rows}-resumed", after)

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from support import PLAIN, SUM, WORLDS, World, default_optimizer, relative_error, stored_bytes, task, train
+from support import DEVICE, PLAIN, SUM, WORLDS, World, default_optimizer, relative_error, stored_bytes, task, train
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchrec.optim import RowWiseAdagrad
@@ -111,7 +111,7 @@ def test_a_projection_starts_as_the_identity_and_trains(world: str) -> None:
     es.prepare(fresh, algorithm=Toy())
     assert relative_error(fresh.collection(features).values(), expected) <= 1e-6
     _, session, _ = toy(WORLDS[world])
-    assert all(not torch.equal(session.form(t).weight, torch.eye(s.dim)) for t, s in enumerate(session.specs))
+    assert all(not torch.equal(session.form(t).weight, torch.eye(s.dim, device=DEVICE)) for t, s in enumerate(session.specs))
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -172,7 +172,7 @@ def test_a_compacted_projection_survives_saving(tmp_path: Any) -> None:
     loaded = es.load(tmp_path, task(PLAIN, seed=5))
     assert torch.equal(loaded.eval()(PLAIN.batch(seed=3))[0], model.eval()(PLAIN.batch(seed=3))[0])
     applied = es.apply(task(PLAIN, seed=5), plan)
-    assert torch.equal(applied.collection.index[0].projection, torch.eye(4, 8))
+    assert torch.equal(applied.collection.index[0].projection, torch.eye(4, 8, device=DEVICE))
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -180,7 +180,7 @@ def test_a_compacted_projection_survives_saving(tmp_path: Any) -> None:
 def test_groups_of_examples_have_gates_of_their_own(world: str, group: int) -> None:
     model, session, _ = toy(WORLDS[world])
     torch.manual_seed(3)
-    gates = [torch.rand(3, *gate.shape) for gate in session.gates]
+    gates = [torch.rand(3, *gate.shape, device=DEVICE) for gate in session.gates]
     batch = WORLDS[world].batch(20, seed=4)
     outcome = session.probe.evaluate(batch, gates, group).logits
     model.eval()
@@ -257,7 +257,7 @@ class Retrieval(nn.Module):
         users, items = batch
         candidates = self.candidates(items).values().unflatten(0, (-1, self.items))
         logits = (self.users(users).values()[:, None] * candidates).sum(2)
-        loss = nn.functional.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64))
+        loss = nn.functional.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.int64))
         return loss, (loss.detach(), logits.detach(), torch.zeros(len(logits)))
 
 
@@ -277,7 +277,7 @@ def test_row_gradients_count_examples_not_bags() -> None:
         for collection, bags in ((model.users, users), (model.candidates, items))
     )
     logits = (u[:, None] * c.unflatten(0, (-1, 5))).sum(2)
-    torch.nn.functional.cross_entropy(logits, torch.zeros(4, dtype=torch.int64), reduction="sum").backward()
+    torch.nn.functional.cross_entropy(logits, logits.new_zeros(4, dtype=torch.int64), reduction="sum").backward()
     by_name = dict(zip(map(str, session.specs), got, strict=True))
     for name, leaf in (("users.t0", u), ("candidates.t1", c)):
         assert leaf.grad is not None
@@ -300,7 +300,7 @@ def test_an_optimizer_that_was_made_before_the_search_trains_the_forms() -> None
 def test_weighed_gates_of_groups_reach_every_feature_of_a_table(world: str) -> None:
     model, session, _ = toy(WORLDS[world], halves=True)
     model.eval()
-    gates = [torch.rand(3, *gate.shape) for gate in session.gates]
+    gates = [torch.rand(3, *gate.shape, device=DEVICE) for gate in session.gates]
     batch = WORLDS[world].batch(20, seed=4)
     got = session.probe.evaluate(batch, gates, 2).logits
     per_group = [session.probe.evaluate(batch, [gate[number] for gate in gates]).logits for number in range(3)]

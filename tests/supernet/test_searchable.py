@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
-from support import PLAIN, WORLDS, World, dlrm, relative_error, searched, task, train
+from support import DEVICE, PLAIN, WORLDS, World, dlrm, relative_error, searched, task, train
 from torch import Tensor
 from torchrec.modules.embedding_configs import PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
@@ -28,7 +28,7 @@ def looked_up(collection: EmbeddingBagCollection, gates: dict[str, Tensor], feat
             bag, rows = bags[feature], []
             offsets = [0, *bag.lengths().cumsum(0).tolist()]
             for start, stop in itertools.pairwise(offsets):
-                total = torch.zeros(config.embedding_dim)
+                total = weight.new_zeros(config.embedding_dim)
                 for position in range(start, stop):
                     scale = bag.weights()[position] if collection.is_weighted() else 1.0
                     total = total + scale * weight[bag.values()[position]]
@@ -183,7 +183,9 @@ def test_aliases_and_several_collections_are_all_replaced() -> None:
 def test_ids_without_a_row_are_named(ids: list[int], stage: str) -> None:
     model, _, _ = searched(PLAIN, steps=1 if stage == "warm-up" else 12)
     values = torch.tensor([*ids, *[0] * len(ids)])
-    features = KeyedJaggedTensor(keys=["f0", "f1"], values=values, lengths=torch.ones(2 * len(ids), dtype=torch.int64))
+    features = KeyedJaggedTensor(keys=["f0", "f1"], values=values, lengths=torch.ones(2 * len(ids), dtype=torch.int64)).to(
+        DEVICE
+    )
     with pytest.raises(InputError, match=r"'f0' must be in \[0, 200\), the rows of table 't0'"):
         model.collection(features)
 
@@ -191,7 +193,7 @@ def test_ids_without_a_row_are_named(ids: list[int], stage: str) -> None:
 def test_a_missing_feature_is_named() -> None:
     model, _, _ = searched(PLAIN)
     with pytest.raises(InputError, match="lacks \\['f1'\\]"):
-        model.collection(KeyedJaggedTensor(keys=["f0"], values=torch.tensor([1]), lengths=torch.tensor([1])))
+        model.collection(KeyedJaggedTensor(keys=["f0"], values=torch.tensor([1]), lengths=torch.tensor([1])).to(DEVICE))
 
 
 @pytest.mark.parametrize("name", ["one id", "bags"])

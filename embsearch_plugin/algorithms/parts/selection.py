@@ -101,7 +101,7 @@ class CandidateSearch:
 
     def __init__(self, config: CandidateDims) -> None:
         self.config = config
-        self.vectors = torch.empty(0)  # (M, N), per table; minus infinity where it has fewer candidates
+        self.vectors = torch.empty(0, 0)  # (M, N), per table; minus infinity where it has fewer candidates
         self._optimizer: torch.optim.Adam | None = None
         self._random = torch.Generator()
 
