@@ -9,7 +9,7 @@ from support import WORLDS
 
 from embsearch_plugin.fused import FusedEmbeddingBags
 
-ADAGRAD = {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "learning_rate": 0.1}
+ADAGRAD = {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "learning_rate": 0.1, "stochastic_rounding": False}
 
 
 @pytest.mark.parametrize("name", WORLDS)

@@ -29,7 +29,7 @@ OPTIMIZERS = ["EXACT_SGD", "EXACT_ROWWISE_ADAGRAD", "EXACT_ADAGRAD", "ADAM"]
 
 
 def trained(plain: EmbeddingBagCollection, device: torch.device, optimizer: str, world: str) -> FusedEmbeddingBags:
-    fused = {"optimizer": EmbOptimType[optimizer], "learning_rate": 0.05}
+    fused = {"optimizer": EmbOptimType[optimizer], "learning_rate": 0.05, "stochastic_rounding": False}
     bags = FusedEmbeddingBags(copy.deepcopy(plain).to(device), fused)
     for seed in range(3):
         bags(WORLDS[world].features(20, seed).to(device)).values().square().sum().backward()

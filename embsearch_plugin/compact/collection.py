@@ -25,7 +25,7 @@ from embsearch_plugin.compact.fine import FineTable, FixedIndex
 from embsearch_plugin.fused import FusedEmbeddingBags
 from embsearch_plugin.plan import PROJECTION_DTYPE, Chunk, TablePlan
 from embsearch_plugin.randomness import private_random
-from embsearch_plugin.supernet.bags import check_ids, ids_of, ordered, rows_at
+from embsearch_plugin.supernet.bags import check_readers, ids_of, ordered, rows_at
 from embsearch_plugin.supernet.single import is_single, rows_of
 from embsearch_plugin.supernet.slots import Slot, slots_of
 
@@ -167,6 +167,7 @@ class CompactEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Look up and pool: (B, sum of dims), keyed as the original."""
         features = ordered(features, self._features)
+        check_readers(features, self._unchecked(features.values().is_cuda))
         lengths = dict(zip(self._features, features.lengths().view(len(self._features), -1), strict=True))
         output = self._stored_columns(features, lengths)
         if not self._plain:
@@ -179,8 +180,6 @@ class CompactEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         bags = features.to_dict() if self.fine else {}
         for number, slot in enumerate(self._slots):
             if str(slot.table) in self.fine:
-                config = self._configs[slot.table]
-                check_ids(config.name, slot.feature, config.num_embeddings, bags[slot.feature].values())
                 columns[number] = self.fine[str(slot.table)](bags[slot.feature], self._weighted)
             if slot.mean:
                 columns[number] = columns[number] / lengths[slot.feature].clamp(min=1)[:, None]
@@ -256,13 +255,13 @@ class CompactEmbeddingBagCollection(EmbeddingBagCollectionInterface):
 
     def _places_of(self, slot: Slot, ids: Tensor) -> Tensor:
         """Return the place in plan order of each id, (n,)."""
-        config = self._configs[slot.table]
         remap = self._index(slot).remap
-        if remap is not None:
-            return rows_at(remap, ids, config.name, slot.feature).to(ids.dtype)
-        if str(slot.table) not in self.fine:
-            check_ids(config.name, slot.feature, config.num_embeddings, ids)
-        return ids
+        return ids if remap is None else rows_at(remap, ids, self._configs[slot.table].name, slot.feature).to(ids.dtype)
+
+    def _unchecked(self, is_cuda: bool) -> list[tuple[str, str, int]]:
+        """Return who reads ids that nothing else checks: on a CPU a remap does."""
+        slots = [(self._configs[s.table], s) for s in self._slots if is_cuda or self._index(s).remap is None]
+        return [(config.name, slot.feature, config.num_embeddings) for config, slot in slots]
 
 
 _Bags = tuple[Tensor, Tensor, Tensor | None]

@@ -36,7 +36,7 @@ from embsearch_plugin.fused import FusedEmbeddingBags, requested
 from embsearch_plugin.space import RowBlocks
 from embsearch_plugin.supernet.bags import (
     SplitBags,
-    check_ids,
+    check_readers,
     columns_of,
     has_long_bags,
     ids_of,
@@ -53,7 +53,8 @@ from embsearch_plugin.supernet.single import is_single, rows_of
 from embsearch_plugin.supernet.slots import Slot, slots_of
 from embsearch_plugin.supernet.virtual import VirtualRows
 
-# Of long bags each kernel's output is S times as large as the collection's; smaller ones can take each other's memory.
+# Of long bags each kernel's output is S times as large as the collection's; smaller ones can take each other's memory. A GPU
+# has one kernel: there a step of 26 tables is mostly the time that it takes to launch them.
 KERNEL_COLUMNS = 256
 
 
@@ -215,7 +216,8 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         if isinstance(self.inner, EmbeddingBagCollection):
             params = requested(self.inner, self.fused_params)
             if params is not None:
-                self.inner = FusedEmbeddingBags(self.inner, params, kernel_columns=KERNEL_COLUMNS, ids_checked=True)
+                columns = KERNEL_COLUMNS if self.device.type == "cpu" else None
+                self.inner = FusedEmbeddingBags(self.inner, params, kernel_columns=columns, ids_checked=True)
 
     def table_weight(self, table: int) -> nn.Parameter:
         """Return a table's weights, (V, D), where whole tables are on this process."""
@@ -259,9 +261,9 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self.forwards += torch.is_grad_enabled() and self._candidates is None
         if weight_step:
             self.autocast = Autocast.now(features.values().device.type)
-        if self._pieces is None or self.weighs:
-            self._check(features)
-        output = self._output(features)  # finds ids without a row where blocks are known
+        if self._pieces is None or self.weighs or features.values().is_cuda:
+            check_readers(features, [(self.tables[s.table].name, s.feature, self.tables[s.table].rows) for s in self.slots])
+        output = self._output(features)  # on a CPU finds ids without a row where blocks are known
         if self.counts is not None and (weight_step or self.counts_always):
             self._count(features, self.counts)
         return output
@@ -418,12 +420,6 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             sparse = bool(self.inner.embedding_bags[self.tables[table].name].sparse)
             rows = F.embedding(ids, weight if self._candidates is None else weight.detach(), sparse=sparse)
         return rows.float() * self._kept[table].index_select(0, ids) if self._kept else rows.float()
-
-    def _check(self, features: KeyedJaggedTensor) -> None:
-        ids = ids_of(features)
-        for slot in self.slots:
-            table = self.tables[slot.table]
-            check_ids(table.name, slot.feature, table.rows, ids[slot.feature])
 
     def _count(self, features: KeyedJaggedTensor, counts: list[Tensor]) -> None:
         ids = ids_of(features)

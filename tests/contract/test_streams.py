@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import STREAMING, STREAMS, WORLDS, Task, random_state, set_random_state, streamed, train
+from support import DEVICE, STREAMING, STREAMS, WORLDS, Task, random_state, set_random_state, streamed, train
 from torch import Tensor
 
 import embsearch_plugin as es
@@ -76,6 +76,7 @@ def test_rows_have_the_standard_deviation_that_was_asked_for(algorithm: str, row
     assert float(numbers.mean()) == pytest.approx(0.0, abs=0.01)
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="a GPU adds up in no fixed order")
 @every
 def test_equal_seeds_give_equal_streams_and_others_do_not(algorithm: str, rows: str) -> None:
     one, other = (state_of(*stream(algorithm, rows, 3)) for _ in range(2))

@@ -209,7 +209,7 @@ def test_empty_bags_only() -> None:
     features = KeyedJaggedTensor(
         keys=["f0", "f1"], values=torch.tensor([], dtype=torch.int64), lengths=torch.zeros(8, dtype=torch.int64)
     )
-    assert model.collection(features).values().abs().sum() == 0
+    assert model.collection(features.to(DEVICE)).values().abs().sum() == 0
 
 
 def test_extra_features_are_ignored() -> None:
@@ -217,8 +217,8 @@ def test_extra_features_are_ignored() -> None:
     features = PLAIN.features(4, seed=1)
     more = KeyedJaggedTensor(
         keys=[*features.keys(), "other"],
-        values=torch.cat([features.values(), torch.full((4,), 10**6)]),
-        lengths=torch.cat([features.lengths(), torch.ones(4, dtype=torch.int64)]),
+        values=torch.cat([features.values(), torch.full((4,), 10**6, device=DEVICE)]),
+        lengths=torch.cat([features.lengths(), features.lengths().new_ones(4)]),
     )
     torch.testing.assert_close(model.collection(more).values(), model.collection(features).values())
 
@@ -227,7 +227,7 @@ def test_a_model_built_on_meta_is_searched() -> None:
     with torch.device("meta"):
         model = task(PLAIN)
         session = es.prepare(model, algorithm=es.Dnis(warm_up=2))
-    model.to_empty(device="cpu")
+    model.to_empty(device=DEVICE)
     torch.manual_seed(0)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import WORLDS, World, searched, train
+from support import DEVICE, WORLDS, World, searched, train
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig
@@ -123,6 +123,7 @@ def test_global_hooks_are_called() -> None:
     assert is_single(collection(), features())
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="for the CPU only")
 @pytest.mark.parametrize("world", [WORLDS["one id"], WORLDS["shared feature, one id"], WORLDS["unequal dims"]])
 @pytest.mark.parametrize("algorithm", [es.Dnis(warm_up=2, lr=0.1), es.Magnitude()])
 def test_training_is_as_by_the_collection(world: World, algorithm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
