@@ -214,14 +214,8 @@ class CompactEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         of_feature = dict(zip(self._features, weights, strict=True)) if weights is not None else {}
         slots = [(places[part.slot], self._slots[part.slot].feature) for part in self._parts]
         bags = [(of_slot, lengths[feature], of_feature.get(feature)) for of_slot, feature in slots]
-        limits = [part.chunk.rows for part in self._parts]
-        if features.values().is_cuda and any(part.partial for part in self._parts):
-            # The host waits for the number of ids that are left: once, so all parts are joined before.
-            keep = torch.cat([of_part[0] < limit for of_part, limit in zip(bags, limits, strict=True)])
-            values, kept, held_weights = _held_by_sums(*_joined(bags), keep)
-        else:
-            held = zip(bags, limits, self._parts, strict=True)
-            values, kept, held_weights = _joined([_held(*bag, limit) if part.partial else bag for bag, limit, part in held])
+        hold = _held_together if features.values().is_cuda else _held_one_by_one
+        values, kept, held_weights = hold(bags, [part.chunk.rows if part.partial else None for part in self._parts])
         return KeyedJaggedTensor(
             keys=[str(number) for number in range(len(bags))],
             values=values,
@@ -268,32 +262,38 @@ _Bags = tuple[Tensor, Tensor, Tensor | None]
 """Places (n,), lengths (B,), and weights (n,) where ids have weights."""
 
 
-def _joined(parts: Sequence[_Bags]) -> _Bags:
-    """Put the bags of several parts one after the other."""
-    places, lengths, weights = zip(*parts, strict=True)
-    return torch.cat(places), torch.cat(lengths), None if weights[0] is None else torch.cat(weights)
+def _held_one_by_one(parts: Sequence[_Bags], limits: Sequence[int | None]) -> _Bags:
+    """Leave out of each part the ids whose place is not below its limit; return all parts, one after the other.
+
+    Args:
+        parts: the bags of each.
+        limits: the rows that each part's chunk holds; ``None`` where these are all.
+    """
+    return _joined([bags if limit is None else _held(*bags, limit) for bags, limit in zip(parts, limits, strict=True)])
 
 
 def _held(places: Tensor, lengths: Tensor, weights: Tensor | None, limit: int) -> _Bags:
-    """Leave out the ids whose place is not below ``limit``; return the rest's places, lengths and weights.
-
-    Args:
-        places: (n,).
-        lengths: (B,).
-        weights: (n,), where ids have weights.
-        limit: the rows that a chunk holds.
-    """
     keep = places < limit
     held, kept = torch.ops.fbgemm.masked_select_jagged_1d(places, lengths, keep)
     return held, kept, None if weights is None else weights.masked_select(keep)
 
 
-def _held_by_sums(places: Tensor, lengths: Tensor, weights: Tensor | None, keep: Tensor) -> _Bags:
-    """Leave out the ids that are not to ``keep``, bool (n,), on a GPU: FBGEMM's own way is for the CPU only."""
+def _held_together(parts: Sequence[_Bags], limits: Sequence[int | None]) -> _Bags:
+    """Do the same on a GPU: FBGEMM's operation is for the CPU only, and the host waits once for the number of ids left."""
+    places, lengths, weights = _joined(parts)
+    if all(limit is None for limit in limits):
+        return places, lengths, weights
+    bounds = zip(parts, limits, strict=True)
+    keep = torch.cat([torch.ones_like(p, dtype=torch.bool) if limit is None else p < limit for (p, *_), limit in bounds])
     seen = torch.ops.fbgemm.asynchronous_complete_cumsum(keep.int())
     ends = torch.ops.fbgemm.asynchronous_complete_cumsum(lengths.long())
     kept = seen.index_select(0, ends).diff().to(lengths.dtype)
     return places.masked_select(keep), kept, None if weights is None else weights.masked_select(keep)
+
+
+def _joined(parts: Sequence[_Bags]) -> _Bags:
+    places, lengths, weights = zip(*parts, strict=True)
+    return torch.cat(places), torch.cat(lengths), None if weights[0] is None else torch.cat(weights)
 
 
 def chunk_name(table: str, chunk: int) -> str:

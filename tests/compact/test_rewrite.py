@@ -6,7 +6,7 @@ from support import DEVICE, PLAIN, WORLDS, searched, stored_bytes, task, train
 
 import embsearch_plugin as es
 from embsearch_plugin.collection import Table
-from embsearch_plugin.compact.collection import _held, _held_by_sums
+from embsearch_plugin.compact.collection import _held_one_by_one, _held_together
 from embsearch_plugin.errors import InputError, PlanError
 from embsearch_plugin.plan import SizePlan, TablePlan
 
@@ -87,12 +87,12 @@ def test_training_goes_on_as_if_nothing_had_happened(name: str) -> None:
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_what_leaves_ids_out_on_a_gpu_does_what_does_it_on_the_cpu(world: str) -> None:
-    features = WORLDS[world].features(50, seed=3)
-    places, lengths, weights = features.values().cpu(), features.lengths().cpu(), features.weights_or_none()
-    weights = None if weights is None else weights.cpu()
-    for limit in (0, 1, 40, 1000):
-        expected = _held(places, lengths, weights, limit)
-        for mine, theirs in zip(_held_by_sums(places, lengths, weights, places < limit), expected, strict=True):
+    parts = []
+    for seed in range(5):
+        features = WORLDS[world].features(50, seed).to(torch.device("cpu"))
+        parts.append((features.values(), features.lengths(), features.weights_or_none()))
+    for limits in ([0, 1, 40, None, 1000], [None] * 5, [3] * 5):
+        for mine, theirs in zip(_held_together(parts, limits), _held_one_by_one(parts, limits), strict=True):
             assert mine is theirs is None or (mine.dtype == theirs.dtype and torch.equal(mine, theirs))
 
 
