@@ -177,7 +177,7 @@ def report(folder: Path, markdown: bool) -> None:
 @click.option("--rows", default=100_000, show_default=True, help="Rows of each of the 26 tables.")
 @click.option("--batch", default=4096, show_default=True, help="Examples per step.")
 @click.option("--repeats", default=12, show_default=True, help="Steps of each kind; the median counts.")
-@click.option("--device", default="cpu", show_default=True, help="Where models and batches are: cpu or cuda.")
+@click.option("--device", default="cpu", show_default=True, help="Where models and batches are: cpu, cuda or cuda:N.")
 @click.option("--threads", default=1, show_default=True, help="Threads of torch.")
 @click.option("--sweep", default="10000,100000,1000000", show_default=True, help="Rows per table to compare.")
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Write all numbers to this file, too.")
@@ -191,7 +191,12 @@ def bench(rows: int, batch: int, repeats: int, device: str, threads: int, sweep:
     from embsearch_plugin.bench.report import show
     from embsearch_plugin.bench.workload import Workload
     from embsearch_plugin.files import write_json
+    from embsearch_plugin.machine import check_device
 
+    try:
+        check_device(device)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--device") from error
     torch.set_num_threads(threads)
     console = Console(width=None if sys.stdout.isatty() else 140)
     with console.status("") as status:

@@ -18,10 +18,10 @@ def evaluate(model: nn.Module, batches: Iterable[Any], task: Task = CLICK) -> Sc
     Raises:
         DataError: there are no batches.
     """
-    training = model.training
+    training, device = model.training, device_of(model)
     model.eval()
     try:
-        answers = [model(move(batch, device_of(model)))[1][1:] for batch in batches]
+        answers = [model(move(batch, device))[1][1:] for batch in batches]
     finally:
         model.train(training)
     if not answers:

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,8 +34,14 @@ def _own_time() -> bool:
     return torch.get_num_threads() == 1 and not torch.cuda.is_initialized()
 
 
+def check_device(device: str) -> None:
+    """Raise a ValueError unless ``device`` is the name of one."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError(f"device must be cpu, cuda or cuda:N, got {device!r}")
+
+
 def begin_to_use(device: str) -> None:
-    """Make sure that ``device`` is there, and let :func:`clock` be that of it.
+    """Make sure that ``device`` is there, and let it be the one that kernels run on and :func:`clock` waits for.
 
     Raises:
         StackError: where it is not there.
@@ -48,6 +55,7 @@ def begin_to_use(device: str) -> None:
             "2) `embsearch doctor` says what is wrong with the installation."
         )
     torch.cuda.init()
+    torch.cuda.set_device(number)
 
 
 def machine() -> dict[str, Any]:

@@ -8,6 +8,11 @@ import numpy as np
 import torch
 
 
+def shared_generators() -> list[torch.Generator]:
+    """Return those that everybody draws from; a GPU's is there once CUDA is in use, and using it is not for us to begin."""
+    return [torch.default_generator, *torch.cuda.default_generators]
+
+
 @contextmanager
 def private_random(seed: int, generators: Iterable[torch.Generator] = ()) -> Iterator[None]:
     """Draw random numbers (torch, NumPy, Python) from ``seed`` inside; restore every random state afterwards.
@@ -18,8 +23,7 @@ def private_random(seed: int, generators: Iterable[torch.Generator] = ()) -> Ite
     """
     seed %= 2**32  # as NumPy wants it
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    # There are no CUDA generators before CUDA is in use, and using it is not for us to begin.
-    states = [(g, g.get_state()) for g in (torch.default_generator, *torch.cuda.default_generators, *generators)]
+    states = [(g, g.get_state()) for g in (*shared_generators(), *generators)]
     try:
         random.seed(seed)
         np.random.seed(seed)

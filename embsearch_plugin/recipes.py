@@ -1,6 +1,5 @@
 """Recipes: a run in YAML, read as a whole, with every problem listed at once."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import product
@@ -18,6 +17,7 @@ from embsearch_plugin.algorithms.uniform import Uniform
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.data import stream
 from embsearch_plugin.errors import RecipeError, did_you_mean
+from embsearch_plugin.machine import check_device
 from embsearch_plugin.plain import structured, to_plain
 from embsearch_plugin.ranges import Range, Ranges
 from embsearch_plugin.recipe_files import put, read_content
@@ -76,8 +76,7 @@ class Train:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
-            raise ValueError(f"device must be cpu, cuda or cuda:N, got {self.device!r}")
+        check_device(self.device)
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"unknown optimizer {self.optimizer!r}.{did_you_mean(self.optimizer, OPTIMIZERS)}")
         if self.clip_norm is not None and (self.clip_norm <= 0 or self.fused):

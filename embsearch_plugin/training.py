@@ -20,6 +20,7 @@ from embsearch_plugin.evaluation import device_of, evaluate
 from embsearch_plugin.files import read_state, write_state
 from embsearch_plugin.fused import FusedEmbeddingBags
 from embsearch_plugin.machine import clock
+from embsearch_plugin.randomness import shared_generators
 from embsearch_plugin.recipes import Train
 from embsearch_plugin.search.objective import move
 from embsearch_plugin.search.session import Session
@@ -236,7 +237,7 @@ def _state(stage: Stage) -> dict[str, Any]:
         "observers": {name: observer.state_dict() for name, observer in stage.observers.items()},
         "history": stage.history,
         "epoch": stage.train.epoch,
-        "random": [generator.get_state() for generator in _generators()],
+        "random": [generator.get_state() for generator in shared_generators()],
     }
 
 
@@ -259,13 +260,8 @@ def _resume(stage: Stage) -> None:
         observer.load_state_dict(state["observers"][name])
     stage.history[:] = state["history"]
     stage.train.epoch = state["epoch"]
-    for generator, random in zip(_generators(), state["random"], strict=True):
+    for generator, random in zip(shared_generators(), state["random"], strict=True):
         generator.set_state(random)
-
-
-def _generators() -> list[torch.Generator]:
-    """Return those that models draw from; the GPUs' are there once one is used."""
-    return [torch.default_generator, *torch.cuda.default_generators]
 
 
 def _fused(stage: Stage) -> list[FusedEmbeddingBags]:

@@ -17,6 +17,7 @@ import embsearch_plugin as es
 from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.compact.collection import CompactEmbeddingBagCollection
 from embsearch_plugin.plugins import algorithms
+from embsearch_plugin.randomness import shared_generators
 from embsearch_plugin.streaming.base import StreamConfig
 from embsearch_plugin.streaming.session import StreamSession
 
@@ -218,10 +219,10 @@ FORMED = {
 
 def random_state() -> list[Tensor]:
     """The state of every generator that models draw from."""
-    return [generator.get_state() for generator in (torch.default_generator, *torch.cuda.default_generators)]
+    return [generator.get_state() for generator in shared_generators()]
 
 
 def set_random_state(state: Sequence[Tensor]) -> None:
     """Go on from ``state``, once a model is where it was."""
-    for generator, each in zip((torch.default_generator, *torch.cuda.default_generators), state, strict=True):
+    for generator, each in zip(shared_generators(), state, strict=True):
         generator.set_state(each)

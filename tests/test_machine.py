@@ -1,12 +1,15 @@
 """What is run on: devices that are not there, and whose time it is."""
 
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
+from embsearch_plugin.cli import main
 from embsearch_plugin.errors import RecipeError, StackError
-from embsearch_plugin.machine import begin_to_use, clock, clock_name, machine
+from embsearch_plugin.machine import begin_to_use, clock, clock_name
 from embsearch_plugin.recipes import load_recipe
 from embsearch_plugin.run import run
 
@@ -26,12 +29,36 @@ def test_a_device_that_is_not_there_is_named_before_anything_is_written(tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_the_cpu_is_always_there() -> None:
-    begin_to_use("cpu")
-    assert machine()["gpu"] is None or torch.cuda.is_initialized()
+def test_the_benchmark_names_a_wrong_device() -> None:
+    result = CliRunner().invoke(main, ["bench", "--device", "gpu"])
+    assert result.exit_code == 2
+    assert "--device: device must be cpu, cuda or cuda:N, got 'gpu'" in result.output
 
 
-def test_one_thread_has_the_processs_own_time_and_the_name_says_so() -> None:
-    assert clock_name() == ("wall clock" if torch.cuda.is_initialized() else "CPU time of the process")
+def test_time_is_the_processs_own_with_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    assert clock_name() == "CPU time of the process"
     started = clock()
-    assert clock() >= started
+    time.sleep(0.2)
+    assert clock() - started < 0.1
+
+
+def test_where_a_gpu_is_used_time_is_the_walls_once_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[None] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(None))
+    assert clock_name() == "wall clock"
+    started = clock()
+    time.sleep(0.2)
+    assert clock() - started >= 0.2
+    assert len(waits) == 2
+
+
+def test_the_device_that_is_used_is_the_one_that_was_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    for device in ("cpu", "cuda", "cuda:1"):
+        begin_to_use(device)
+    assert used == [0, 1]

@@ -55,6 +55,14 @@ def test_declared_ranges_are_of_fields_and_hold_what_these_take(algorithm: str) 
             assert getattr(config(**{name: value}), name) == value
 
 
+@pytest.mark.parametrize("algorithm", sorted(algorithms()))
+def test_what_an_algorithm_has_can_be_read_before_it_begins(algorithm: str) -> None:
+    """Older pluggys read all of it, properties too, where a plugin is registered."""
+    plugin = algorithms()[algorithm]().build()
+    for name in dir(plugin):
+        getattr(plugin, name)
+
+
 @everywhere
 @pytest.mark.parametrize("budget", ["60%", "52%"])
 def test_the_derived_plan_keeps_the_budget_and_changes_nothing(algorithm: str, world: str, budget: str) -> None:

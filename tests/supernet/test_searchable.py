@@ -182,10 +182,8 @@ def test_aliases_and_several_collections_are_all_replaced() -> None:
 @pytest.mark.parametrize("stage", ["warm-up", "search"])
 def test_ids_without_a_row_are_named(ids: list[int], stage: str) -> None:
     model, _, _ = searched(PLAIN, steps=1 if stage == "warm-up" else 12)
-    values = torch.tensor([*ids, *[0] * len(ids)])
-    features = KeyedJaggedTensor(keys=["f0", "f1"], values=values, lengths=torch.ones(2 * len(ids), dtype=torch.int64)).to(
-        DEVICE
-    )
+    values = torch.tensor([*ids, *[0] * len(ids)], device=DEVICE)
+    features = KeyedJaggedTensor(keys=["f0", "f1"], values=values, lengths=torch.ones_like(values))
     with pytest.raises(InputError, match=r"'f0' must be in \[0, 200\), the rows of table 't0'"):
         model.collection(features)
 

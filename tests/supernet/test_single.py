@@ -123,7 +123,7 @@ def test_global_hooks_are_called() -> None:
     assert is_single(collection(), features())
 
 
-@pytest.mark.skipif(DEVICE.type != "cpu", reason="for the CPU only")
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="on a CPU only rows are gathered without nn.EmbeddingBag")
 @pytest.mark.parametrize("world", [WORLDS["one id"], WORLDS["shared feature, one id"], WORLDS["unequal dims"]])
 @pytest.mark.parametrize("algorithm", [es.Dnis(warm_up=2, lr=0.1), es.Magnitude()])
 def test_training_is_as_by_the_collection(world: World, algorithm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
