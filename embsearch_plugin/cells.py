@@ -185,7 +185,7 @@ class Cells:
         course |= self._search(session, model, optimizer, place)
         started = clock()
         if not (folder / PLAN).exists():  # a run that is resumed goes on with the plan it had
-            session.derive().save(folder / PLAN)
+            session.derive(strict=self.recipe.search.strict).save(folder / PLAN)
         if (twin := self._twin(place, config)) is not None:
             shutil.copyfile(twin / WEIGHTS, folder / WEIGHTS)
             row: Row = read_json(twin / CELL)

@@ -99,12 +99,15 @@ class Search:
         baselines: the algorithms it is compared with, under the same budgets, seeds and trials.
         budgets: how large all tables may be, as text: "10%", "2GiB" or "390000 params".
         space: how tables are cut, for all of them; by default as suits each.
+        strict: keep the budget, to the byte. Otherwise each search derives its plan by its paper's own rule, and the size is
+            what that gives; sizes that are not searched (uniform, random, ...) keep the budget all the same.
     """
 
     algorithm: SearchConfig
     baselines: tuple[SearchConfig, ...] = (Uniform(), Magnitude())
     budgets: tuple[str, ...] = ("10%",)
     space: SearchSpace | None = None
+    strict: bool = True
 
     def __post_init__(self) -> None:
         if not self.budgets:

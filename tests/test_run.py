@@ -274,6 +274,19 @@ def test_of_several_allocations_the_best_on_validation_is_kept_and_used_for_the_
             assert [table["blocks"] for table in one] == [table["blocks"] for table in two]
 
 
+def test_a_run_that_is_not_strict_derives_by_the_papers_own_rule(tmp_path: Path) -> None:
+    search = {"algorithm": es.AutoDim(candidates=(2, 4, 8), warm_up=0), "baselines": (Uniform(),), "budgets": ("30%",)}
+    search["space"] = es.SearchSpace(align=1)
+    train = {"epochs": 1}
+    kept, free = (run(small(search | {"strict": strict}, train), tmp_path / str(strict)) for strict in (True, False))
+    limit = es.Budget.of("30%").limit(kept["original_bytes"])
+    cells = [by_place(metrics, method="autodim")[0] for metrics in (kept, free)]
+    assert cells[0]["stages"]["search"][-1]["log_loss"] == cells[1]["stages"]["search"][-1]["log_loss"]
+    assert cells[0]["bytes"] <= limit < cells[1]["bytes"]
+    assert [by_place(metrics, method="uniform")[0]["bytes"] for metrics in (kept, free)] == [kept["original_bytes"] // 4] * 2
+    assert "over the budget" in headline(free)
+
+
 @pytest.mark.parametrize(("share", "epochs", "steps"), [(0.1, 1, 0.2), (0.4, 1, 0.8), (0.75, 1, 1), (1.0, 2, 2)])
 def test_fine_tuning_of_the_spectral_method_is_limited(share: float, epochs: int, steps: float, tmp_path: Path) -> None:
     seen = Counted()

@@ -26,7 +26,7 @@ from embsearch_plugin.files import write_text
 from embsearch_plugin.plain import to_plain
 from embsearch_plugin.plugins import find_collections
 from embsearch_plugin.randomness import private_random
-from embsearch_plugin.recipes import Recipe, Search, load_recipe, to_yaml
+from embsearch_plugin.recipes import Recipe, load_recipe, to_yaml
 from embsearch_plugin.run import row_frequencies
 from embsearch_plugin.tasks import Score
 from embsearch_plugin.training import Watcher
@@ -105,7 +105,8 @@ def place_of(recipe: Recipe) -> Place:
 
 def with_method(recipe: Recipe, algorithm: SearchConfig, budget: str) -> Recipe:
     """Return a recipe of one method at one budget."""
-    return replace(recipe, search=Search(algorithm, (), (budget,), recipe.search.space), study=None)
+    search = replace(recipe.search, algorithm=algorithm, baselines=(), budgets=(budget,))
+    return replace(recipe, search=search, study=None)
 
 
 def _digest(content: Any) -> str:
