@@ -14,7 +14,7 @@ several processes want one cell, or one search, the first trains it and the othe
 
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from math import ceil, isfinite
@@ -198,7 +198,7 @@ class Cells:
         else:
             session.compact(plan)
         rewriting = clock() - started
-        limits = _limits(config, course, self._train, self.data.batches("train", self._train.batch_size))
+        limits = _limits(config, course, self._train)
         stage = self._stage(name, model, optimizer, folder, str(place), **limits)
         converge(stage, self.watcher)
         save(model, plan, folder)
@@ -233,9 +233,13 @@ class Cells:
             session.load_state_dict({**session.state_dict(), "kernels": state["kernels"]})
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
-        size = config.search_batch or self._train.batch_size
-        session.attach(optimizer, self.data.batches("validation", size, seed=self.seed))
+        session.attach(optimizer, self._validation(config, seed=self.seed))
         return session
+
+    def _validation(self, config: SearchConfig, seed: int | None = None) -> Batches:
+        """Return the validation split as a search is given it."""
+        data = self.data.apart() if config.examples_apart else self.data
+        return data.batches("validation", config.search_batch or self._train.batch_size, seed=seed)
 
     def _dense_state(self) -> dict[str, Any]:
         """Return the trained dense model with its optimizer; train it anew where a finished run has cleared that away."""
@@ -250,7 +254,7 @@ class Cells:
         """Search until the plan can be derived; train meanwhile, if the method does."""
         config = session.config
         if not config.trains:
-            session.step(next(iter(self.data.batches("validation", config.search_batch or self._train.batch_size))))
+            session.step(next(iter(self._validation(config))))
             return {}
         folder, title = self._search_folder(place), str(place if config.searches_within_budget else replace(place, budget=None))
         course = Course()
@@ -370,15 +374,16 @@ class Cells:
         }
 
 
-def _limits(config: SearchConfig, course: Stages, train: Train, batches: Batches) -> dict[str, Any]:
+def _limits(config: SearchConfig, course: Stages, train: Train) -> dict[str, Any]:
     """Return what limits the training of a rewritten model after ``course``: its epochs, and the steps of an epoch."""
     limit = config.fine_tuning_epochs(len(course[DENSE].history) - 1) if DENSE in course else None
     if limit is None:
         return {"options": train}
     options = replace(train, epochs=min(max(int(limit), 1), train.epochs))
-    if limit >= 1 or not isinstance(batches, Sized):  # a stream's length is not known
+    if limit >= 1:
         return {"options": options}
-    return {"options": options, "steps": max(ceil(limit * len(batches)), 1)}
+    steps = course[DENSE].history[-1]["steps"] or 0  # how long the batches are is not always known before
+    return {"options": options, "steps": max(ceil(limit * steps), 1)}
 
 
 def _course_of(stage: Stage) -> Stages:

@@ -227,9 +227,9 @@ def allocations_of(
 
 
 def row_frequencies(data: Dataset, tables: list[Table], batch_size: int) -> dict[str, Tensor]:
-    """Count how often each row occurs in the training split, by table: one pass over it."""
+    """Count how often examples of the training split look each row up, by table: one pass over it."""
     counts = {table: torch.zeros(table.rows, dtype=torch.int64) for table in tables}
-    for batch in data.batches("train", batch_size):
+    for batch in data.apart().batches("train", batch_size):
         bags = batch.sparse_features.to_dict()
         for table in counts:
             for feature in table.features:

@@ -288,7 +288,12 @@ def test_a_run_that_is_not_strict_derives_by_the_papers_own_rule(tmp_path: Path)
 
 
 @pytest.mark.parametrize(("share", "epochs", "steps"), [(0.1, 1, 0.2), (0.4, 1, 0.8), (0.75, 1, 1), (1.0, 2, 2)])
-def test_fine_tuning_of_the_spectral_method_is_limited(share: float, epochs: int, steps: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sized", [True, False])
+def test_fine_tuning_of_the_spectral_method_is_limited(
+    share: float, epochs: int, steps: float, sized: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not sized:
+        monkeypatch.setattr("embsearch_plugin.data.dataset.TabularBatches", Unsized)
     seen = Counted()
     search = {"algorithm": es.Spectral(rivals=(), fine_tuning=share), "baselines": ()}
     metrics = run(small(search, {"epochs": 2, "patience": 9}), tmp_path, watcher=seen)  # the dense model takes both epochs
@@ -296,6 +301,23 @@ def test_fine_tuning_of_the_spectral_method_is_limited(share: float, epochs: int
     assert len(cell["stages"]["fine-tune"]) - 1 == epochs
     dense, fine_tuning = seen.steps.values()
     assert fine_tuning == math.ceil(steps * dense / 2)
+
+
+@pytest.mark.parametrize("dense_epochs", [1, 2, 3, 7])
+def test_by_itself_the_spectral_method_adds_at_most_three_tenths_to_the_dense_training(
+    dense_epochs: int, tmp_path: Path
+) -> None:
+    seen = Counted()
+    search = {"algorithm": es.Spectral(rivals=()), "baselines": (), "budgets": ("50%", "25%")}
+    run(small(search, {"epochs": dense_epochs, "patience": 9}), tmp_path, watcher=seen)
+    dense, *fine_tunings = seen.steps.values()
+    assert len(fine_tunings) == 2 and all(0.1 * dense < steps <= 0.3 * dense for steps in fine_tunings)
+
+
+class Unsized(TabularBatches):
+    """Batches of which nobody knows how many there are."""
+
+    __len__ = None
 
 
 class Counted(Watcher):

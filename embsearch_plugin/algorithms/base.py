@@ -109,6 +109,7 @@ class SearchConfig(AlgorithmConfig):
         :attr:`trains`: whether the model trains while sizes are searched.
         :attr:`searches_within_budget`: whether one search serves one budget only.
         :attr:`search_batch`: how many validation examples a search step is given.
+        ``examples_apart``: whether it estimates example by example, and needs validation batches whose examples share no bag.
         :attr:`least_search_steps`: a plan may be derived after so many.
         :meth:`allocations`: those it tries, each by a training of its own.
         :attr:`same_at_every_budget`: whether it is one and the same model for all budgets.
@@ -127,6 +128,7 @@ class SearchConfig(AlgorithmConfig):
     """
 
     starts_from: ClassVar[Literal["scratch", "dense"]] = "scratch"
+    examples_apart: ClassVar[bool] = False
     folds_gates: ClassVar[bool] = True
     retrains: bool = False
 

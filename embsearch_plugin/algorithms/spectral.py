@@ -7,7 +7,9 @@ matrix; an example's lookups add up). Losing the part delta_i of every row then 
     1/2 sum over i of  p_i delta_i^T G delta_i          of the mean loss,
 
 where g is taken to say nothing of the row that was looked up, nor of the others of its bag. g is the bag's gradient, times
-the id's weight, and divided by the bag's length where a table is averaged. The examples are those of all processes.
+the id's weight, and divided by the bag's length where a table is averaged. The examples are those of all processes. A bag is
+taken to be one example's. Where examples share bags, as the negatives of a whole batch, attach validation batches in which each
+has its own: a run does.
 
 So, with Q from the SVD of diag(sqrt p) E G^(1/2) = P S Q^T, the table is stored as A = E G^(1/2) Q, whose columns stand by
 falling worth, and is read through the projection Q^T G^(-1/2). Dropping column c for the rows of block b costs 1/2 sum over
@@ -69,6 +71,7 @@ class Spectral(SearchConfig):
     name: ClassVar[str] = "spectral"
     ranges: ClassVar[Ranges] = {"floor": Range(1e-4, 0.1, log=True), "fine_tuning": Range(0.1, 1.0)}
     starts_from: ClassVar[Literal["scratch", "dense"]] = "dense"
+    examples_apart: ClassVar[bool] = True
     every: int = 50  # a step costs nothing; at steps the rows are ranked anew, where they were last at half as many
     batches: int = 16
     floor: float = 1e-2

@@ -90,6 +90,13 @@ class Dataset(ABC):
     def batches(self, split: Split, batch_size: int, *, seed: int | None = None) -> Batches:
         """Return one split in batches of ``batch_size`` examples, shuffled if a seed (0 or more) is given."""
 
+    def apart(self) -> "Dataset":
+        """Return the same data in batches whose examples share no bag, for what is estimated example by example.
+
+        By default, these: no two examples share one.
+        """
+        return self
+
 
 class Collate:
     """Makes a TorchRec ``Batch`` out of rows that hold one id per field, or the number of one of the field's ``bags``.

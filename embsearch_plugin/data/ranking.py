@@ -1,8 +1,8 @@
 """Data for top-k recommendation: each example is a user and one item she chose, its positive, beside others she might have.
 
 Training and validation draw N negatives per batch from all items, uniformly, without repeats, and shared by the whole batch
-(nis.txt, A.2.3). A negative that is an example's own positive, an accidental hit, is removed for that example. On test every
-example has negatives of its own, always the same.
+(nis.txt, A.2.3), or N for each example where :meth:`RankingDataset.apart` asks for that. A negative that is an example's own
+positive, an accidental hit, is removed for that example. On test every example has negatives of its own, always the same.
 """
 
 from collections.abc import Iterator, Mapping
@@ -79,10 +79,15 @@ class RankingDataset(Dataset):
     Shapes: pairs of each split int64 (n, 2), users and positives; negatives of the test split int64 (n_test, C).
     """
 
-    def __init__(self, schema: Schema, pairs: Mapping[Split, Tensor], negatives: Tensor) -> None:
+    def __init__(self, schema: Schema, pairs: Mapping[Split, Tensor], negatives: Tensor, shared: bool = True) -> None:
         self.schema = schema
         self.pairs = pairs
         self.negatives = negatives
+        self.shared = shared
+
+    def apart(self) -> "RankingDataset":
+        """Return the same data in batches where each example has negatives of its own in every split."""
+        return RankingDataset(self.schema, self.pairs, self.negatives, shared=False)
 
     def fingerprint(self) -> str:
         """Return a hash of everything."""
@@ -113,9 +118,15 @@ class RankingBatches(Batches):
         order = torch.arange(len(pairs)) if shuffle is None else torch.from_numpy(shuffle.permutation(len(pairs)))
         random = shuffle or np.random.default_rng(0)
         for rows in order.split(self._batch_size):
-            negatives = self._data.negatives[rows] if self._split == "test" else self._sample(random)
+            negatives = self._data.negatives[rows] if self._split == "test" else self._sample(random, len(rows))
             yield ranking_batch(self._data.schema, pairs[rows], negatives)
 
-    def _sample(self, random: np.random.Generator) -> Tensor:
+    def _sample(self, random: np.random.Generator, examples: int) -> Tensor:
         items = self._data.schema.fields[1].rows
-        return torch.from_numpy(random.choice(items, min(SAMPLED, items), replace=False, shuffle=False))
+        count = min(SAMPLED, items)
+        if self._data.shared:
+            return torch.from_numpy(random.choice(items, count, replace=False, shuffle=False))
+        drawn = random.integers(items, size=(examples, count))
+        while len(repeated := np.flatnonzero((np.diff(np.sort(drawn)) == 0).any(axis=1))):
+            drawn[repeated] = random.integers(items, size=(len(repeated), count))
+        return torch.from_numpy(drawn)

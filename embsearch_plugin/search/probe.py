@@ -66,9 +66,10 @@ class Probe:
         """Return rows whose outer products add up to the sum of g g^T over the batch's lookups, and the number of examples.
 
         g is the gradient of an example's loss with respect to a looked-up row; the loss is taken to be a mean over
-        examples. Rows are per table float32 (n, D): one for each bag that is not empty, since all its ids have the gradient
-        of the bag's output, times their weights, and divided by their number where a table is averaged. The model runs in
-        evaluation mode, since batch norm makes examples depend on each other. Those of this process.
+        examples, and a bag to be one example's (of one that several share, it is their sum). Rows are per table float32
+        (n, D): one for each bag that is not empty, since all its ids have the gradient of the bag's output, times their
+        weights, and divided by their number where a table is averaged. The model runs in evaluation mode, since batch norm
+        makes examples depend on each other. Those of this process.
         """
         with evaluating(self._model), self._untouched(), self._tables.capturing() as captured:
             outcome = outcome_of(self._objective, self._model, batch)

@@ -1,6 +1,7 @@
 """The spectral method: its bases and worths against slow references, and the plans that come of them."""
 
-from itertools import product
+from itertools import islice, product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,15 @@ from torch.utils.checkpoint import checkpoint
 
 import embsearch_plugin as es
 from embsearch_plugin.algorithms.spectral import SpectralSearch, _fisher
+from embsearch_plugin.collection import Table
+from embsearch_plugin.data.movielens import MovieLens1M, write_sample
+from embsearch_plugin.data.ranking import ranking_batch
 from embsearch_plugin.errors import AttachError
+from embsearch_plugin.models.mf import Mf
+from embsearch_plugin.models.neumf import NeuMf
 from embsearch_plugin.plan import SizePlan
+from embsearch_plugin.plugins import find_collections
+from embsearch_plugin.run import row_frequencies
 from embsearch_plugin.search.session import Session
 
 
@@ -116,6 +124,41 @@ def test_gradients_of_rows_give_the_fisher_matrix() -> None:
     model.eval()
     for index, matrix in enumerate(found):
         assert torch.allclose(matrix, fisher(model, session, index), rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("config", [Mf(4), NeuMf(4)])
+def test_the_fisher_matrix_of_candidates_is_that_of_examples_one_by_one(config: Mf | NeuMf, tmp_path: Path) -> None:
+    write_sample(tmp_path, users=60, movies=40, ratings=2000)
+    data = MovieLens1M(path=str(tmp_path), task="top-k").load()
+    torch.manual_seed(0)
+    model = config.build(data.schema)
+    tables = {str(t): find_collections(model)[n].module.embedding_bags[t.name].weight for n, t in _tables(model)}
+    for parameter in tables.values():
+        torch.nn.init.normal_(parameter)
+    session = es.prepare(model, algorithm=es.Spectral(), frequencies=row_frequencies(data, [t for _, t in _tables(model)], 64))
+    batches = list(islice(data.apart().batches("validation", 16, seed=0), 2))
+    session.attach(torch.optim.SGD(model.parameters(), lr=0.1), batches)
+    session.derive("50%")
+    found = dict(zip(map(str, session.specs), _fisher(session, 2), strict=True))
+    expected, examples = {name: torch.zeros(p.shape[1], p.shape[1], dtype=torch.float64) for name, p in tables.items()}, 0
+    model.eval()
+    for batch in batches:
+        users, items = (batch.sparse_features[key].values() for key in ("user", "movie"))
+        for example in range(len(batch.labels)):
+            bags = batch.candidates[example]
+            mine = items[bags[bags >= 0]]
+            alone = ranking_batch(data.schema, torch.stack([users[example], mine[0]])[None], mine[None, 1:])
+            alone_loss = torch.nn.functional.binary_cross_entropy_with_logits(model.model(alone), alone.labels, reduction="sum")
+            gradients = torch.autograd.grad(alone_loss / batch.labels.shape[1], list(tables.values()))
+            for name, gradient in zip(tables, gradients, strict=True):  # no row is looked up twice
+                expected[name] += gradient.double().t() @ gradient.double()
+            examples += 1
+    for name, g in found.items():
+        assert torch.allclose(g, expected[name] / examples, rtol=1e-4, atol=1e-10), name
+
+
+def _tables(model: nn.Module) -> list[tuple[int, Table]]:
+    return [(number, table) for number, found in enumerate(find_collections(model)) for table in found.tables]
 
 
 def test_the_mode_of_the_model_does_not_matter() -> None:

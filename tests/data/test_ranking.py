@@ -65,6 +65,27 @@ def test_a_batch_shares_negatives_and_accidental_hits_are_removed(data: RankingD
     assert hits
 
 
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_apart_each_example_has_negatives_of_its_own(data: RankingDataset, split: Split) -> None:
+    apart = data.apart()
+    assert apart.fingerprint() == data.fingerprint()
+    drawn = torch.zeros(data.schema.fields[1].rows)
+    for batch in apart.batches(split, 7, seed=3):
+        users, items = (batch.sparse_features[key] for key in ("user", "movie"))
+        size, count = batch.candidates.shape
+        bags = batch.candidates[batch.candidates >= 0]
+        assert len(bags.unique()) == len(bags) and len(users.values()) == size
+        assert len(items.values()) == size * count
+        for positive, negatives in zip(items.values(), items.values()[size:].view(size, count - 1), strict=False):
+            assert len(negatives.unique()) == count - 1
+            removed = int((negatives == positive).sum())
+            assert int((batch.candidates[items.values()[:size] == positive] < 0).any(1).any()) or not removed
+            drawn[negatives] += 1
+    assert bool((drawn > 0).all())  # all items are drawn
+    assert everything(apart, split, 7, 3) == everything(data.apart(), split, 7, 3) != everything(apart, split, 7, 4)
+    assert everything(apart, "test", 7) == everything(data, "test", 7)
+
+
 def test_test_candidates_are_those_of_the_file_in_any_batch_size(data: RankingDataset, folder: Path) -> None:
     frame = pl.read_parquet(folder / "leave_one_out.parquet")
     names = sorted({int(line.split("::")[1]) for line in (folder / "ratings.dat").read_text().splitlines()})
