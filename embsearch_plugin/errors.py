@@ -44,6 +44,10 @@ class SpaceError(EmbsearchError):
     """A search space does not make sense: fractions that do not add up, chunks wider than the table."""
 
 
+class SettingsError(EmbsearchError, ValueError):
+    """A setting of an algorithm, a recipe, data or a study does not make sense by itself."""
+
+
 class AttachError(EmbsearchError):
     """An optimizer or a validation loader cannot be used for a search."""
 

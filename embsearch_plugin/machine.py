@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from embsearch_plugin.errors import StackError
+from embsearch_plugin.errors import SettingsError, StackError
 
 PACKAGES = ("embsearch-plugin", "torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu")
 
@@ -35,9 +35,9 @@ def _own_time() -> bool:
 
 
 def check_device(device: str) -> None:
-    """Raise a ValueError unless ``device`` is the name of one."""
+    """Raise a SettingsError unless ``device`` is the name of one."""
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise ValueError(f"device must be cpu, cuda or cuda:N, got {device!r}")
+        raise SettingsError(f"device must be cpu, cuda or cuda:N, got {device!r}")
 
 
 def begin_to_use(device: str) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+from embsearch_plugin.errors import SettingsError
+
 Bound = int | float | str
 """A number, or a budget's text."""
 
@@ -30,7 +32,7 @@ class Range:
         for name in ("low", "high"):
             object.__setattr__(self, name, _number(getattr(self, name)))
         for problem in self._problems():
-            raise ValueError(problem)
+            raise SettingsError(problem)
 
     def _problems(self) -> list[str]:
         problems = []

@@ -16,7 +16,7 @@ from embsearch_plugin.algorithms.magnitude import Magnitude
 from embsearch_plugin.algorithms.uniform import Uniform
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.data import stream
-from embsearch_plugin.errors import RecipeError, did_you_mean
+from embsearch_plugin.errors import RecipeError, SettingsError, did_you_mean
 from embsearch_plugin.machine import check_device
 from embsearch_plugin.plain import structured, to_plain
 from embsearch_plugin.ranges import Range, Ranges
@@ -44,7 +44,7 @@ class Fused:
     def __post_init__(self) -> None:
         if self.optimizer not in EmbOptimType.__members__:
             known = list(EmbOptimType.__members__)
-            raise ValueError(f"unknown optimizer {self.optimizer!r}.{did_you_mean(self.optimizer, known)}")
+            raise SettingsError(f"unknown optimizer {self.optimizer!r}.{did_you_mean(self.optimizer, known)}")
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,13 @@ class Train:
     def __post_init__(self) -> None:
         check_device(self.device)
         if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"unknown optimizer {self.optimizer!r}.{did_you_mean(self.optimizer, OPTIMIZERS)}")
+            raise SettingsError(f"unknown optimizer {self.optimizer!r}.{did_you_mean(self.optimizer, OPTIMIZERS)}")
         if self.clip_norm is not None and (self.clip_norm <= 0 or self.fused):
-            raise ValueError(
+            raise SettingsError(
                 f"clip_norm must be above 0, and null with fused, whose kernels know no norm; got {self.clip_norm}"
             )
         if min(self.batch_size, self.epochs) < 1 or self.patience < 0 or self.lr <= 0 or self.l2 < 0:
-            raise ValueError(
+            raise SettingsError(
                 "batch_size and epochs must be at least 1, patience and l2 at least 0, lr above 0; got "
                 f"{self.batch_size}, {self.epochs}, {self.patience}, {self.l2}, {self.lr}"
             )
@@ -111,12 +111,12 @@ class Search:
 
     def __post_init__(self) -> None:
         if not self.budgets:
-            raise ValueError("budgets must hold at least one budget")
+            raise SettingsError("budgets must hold at least one budget")
         if others := [config.name for config in (self.algorithm, *self.baselines) if not isinstance(config, SearchConfig)]:
-            raise ValueError(f"{', '.join(others)} works on streams only, such as data: movielens-csv-stream")
+            raise SettingsError(f"{', '.join(others)} works on streams only, such as data: movielens-csv-stream")
         amounts = [(budget.unit, budget.share is None, budget.amount) for budget in map(Budget.of, self.budgets)]
         if len(set(amounts)) < len(amounts):
-            raise ValueError(f"budgets must differ from each other; got {list(self.budgets)}")
+            raise SettingsError(f"budgets must differ from each other; got {list(self.budgets)}")
 
     @property
     def methods(self) -> dict[str, SearchConfig]:
@@ -169,7 +169,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise ValueError(f"seeds must hold at least one, no one twice, each 0 or more; got {list(self.seeds)}")
+            raise SettingsError(f"seeds must hold at least one, no one twice, each 0 or more; got {list(self.seeds)}")
         for trial in self.tune.trials():
             replace(self.train, **trial)
 

@@ -35,6 +35,8 @@ Differences from the paper:
     * Evaluation weighs candidates by alpha, the mean of what Eq. 5 draws. The paper evaluates retrained models only.
     * The validation step draws p once; with ``xi`` above zero the virtual weight step has the same p. Second-order gradients
       are exact, as DNIS's are.
+    * When the search ends is the loop's business, where Algorithm 1 runs until it has converged. ``embsearch run`` stops at the
+      best validation loss of the searched model, and derives from alpha as it was then.
     * A byte budget: see ``embsearch_derive``. The paper has none; ``derive(strict=False)`` is Eq. 13.
 """
 
@@ -46,6 +48,7 @@ import torch
 
 from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.algorithms.parts.selection import CandidateDims, CandidateSearch
+from embsearch_plugin.errors import SettingsError
 from embsearch_plugin.hookspecs import hookimpl
 
 if TYPE_CHECKING:
@@ -67,7 +70,7 @@ class AutoDim(CandidateDims):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.xi >= 0:
-            raise ValueError(f"xi must be at least 0; got {self.xi}")
+            raise SettingsError(f"xi must be at least 0; got {self.xi}")
 
     def build(self) -> "AutoDimSearch":
         """Return a new search."""

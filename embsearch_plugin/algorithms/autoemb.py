@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from embsearch_plugin.algorithms.base import AlgorithmConfig
 from embsearch_plugin.algorithms.esapn import FREQUENCY_WIDTH
 from embsearch_plugin.algorithms.parts.mixture import Mixture, SoftConfig, SoftSearch
+from embsearch_plugin.errors import SettingsError
 from embsearch_plugin.hookspecs import hookimpl
 from embsearch_plugin.randomness import private_random
 from embsearch_plugin.streaming.forms import Entries
@@ -46,7 +47,7 @@ class AutoEmb(SoftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.hidden < 1 or self.frequencies < 1:
-            raise ValueError(f"hidden and frequencies must be at least 1; got {self.hidden} and {self.frequencies}")
+            raise SettingsError(f"hidden and frequencies must be at least 1; got {self.hidden} and {self.frequencies}")
 
     def build(self) -> "AutoEmbSearch":
         """Return the algorithm of one session."""

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Union, get_args
 
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import Table
+from embsearch_plugin.errors import SettingsError
 from embsearch_plugin.ranges import Ranges
 from embsearch_plugin.space import SearchSpace
 from embsearch_plugin.supernet.forms import Form
@@ -35,10 +36,10 @@ class _Kind(NamedTuple):
     optional: bool
 
     def check(self, name: str, value: object) -> None:
-        """Raise a ValueError where ``value`` is something else, or NaN, which every comparison would let through."""
+        """Raise a SettingsError where ``value`` is something else, or NaN, which every comparison would let through."""
         if not self._holds(value):
             one, many = ("a whole number", "whole numbers") if self.whole else ("a number", "numbers")
-            raise ValueError(f"{name} must be {many if self.several else one}; got {value!r}. Leave it out for the default")
+            raise SettingsError(f"{name} must be {many if self.several else one}; got {value!r}. Leave it out for the default")
 
     def _holds(self, value: object) -> bool:
         if value is None and self.optional:
@@ -97,7 +98,7 @@ class AlgorithmConfig:
         for name, kind in _numbers_of(type(self)).items():
             kind.check(name, getattr(self, name))
         if self.warm_up < 0 or self.every < 1:
-            raise ValueError(f"warm_up must be at least 0 and every at least 1; got {self.warm_up} and {self.every}")
+            raise SettingsError(f"warm_up must be at least 0 and every at least 1; got {self.warm_up} and {self.every}")
 
 
 @dataclass(frozen=True, kw_only=True)

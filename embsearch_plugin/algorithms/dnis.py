@@ -28,6 +28,7 @@ from torch import Tensor
 from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.algorithms.parts.pruning import prune_pairs, prune_weights
 from embsearch_plugin.budget import Budget
+from embsearch_plugin.errors import SettingsError
 from embsearch_plugin.hookspecs import hookimpl
 from embsearch_plugin.plan import SizePlan
 from embsearch_plugin.ranges import Range, Ranges
@@ -69,12 +70,12 @@ class Dnis(SearchConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.lr > 0 or not self.xi >= 0 or not self.threshold >= 0 or not self.epsilon > 0:  # nor may they be NaN
-            raise ValueError(
+            raise SettingsError(
                 "lr and epsilon must be above 0, xi and threshold at least 0; got "
                 f"{self.lr}, {self.epsilon}, {self.xi} and {self.threshold}"
             )
         if self.patience < 1 or self.window < 1:
-            raise ValueError(f"patience and window must be at least 1; got {self.patience} and {self.window}")
+            raise SettingsError(f"patience and window must be at least 1; got {self.patience} and {self.window}")
 
     @property
     def cuts_columns(self) -> bool:

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from embsearch_plugin.algorithms.base import AlgorithmConfig
 from embsearch_plugin.collection import Table
+from embsearch_plugin.errors import SettingsError
 from embsearch_plugin.hookspecs import hookimpl
 from embsearch_plugin.randomness import private_random
 from embsearch_plugin.streaming.base import StreamAlgorithm, StreamConfig
@@ -73,7 +74,7 @@ class Esapn(StreamConfig):
         super().__post_init__()
         check_candidates(self.candidates)
         if self.hidden < 1 or not self.lr > 0 or self.losses < 1 or self.frequencies < 1:
-            raise ValueError(
+            raise SettingsError(
                 "hidden, losses and frequencies must be at least 1 and lr above 0; got "
                 f"{self.hidden}, {self.losses}, {self.frequencies} and {self.lr}"
             )
@@ -92,9 +93,9 @@ class Esapn(StreamConfig):
 
 
 def check_candidates(candidates: Sequence[int]) -> None:
-    """Raise a ValueError unless candidates ascend from 1 or more."""
+    """Raise a SettingsError unless candidates ascend from 1 or more."""
     if not candidates or candidates[0] < 1 or any(b <= a for a, b in pairwise(candidates)):
-        raise ValueError(f"candidates must be positive, ascending and differ; got {list(candidates)}")
+        raise SettingsError(f"candidates must be positive, ascending and differ; got {list(candidates)}")
 
 
 def widths_within(candidates: Sequence[int], dim: int) -> list[int]:

@@ -12,7 +12,7 @@ from embsearch_plugin.algorithms.parts.fixed import Dims, FixedAllocation, Whole
 from embsearch_plugin.algorithms.uniform import aligned, largest_dim, same_dim
 from embsearch_plugin.budget import Budget, human_bytes
 from embsearch_plugin.collection import Table
-from embsearch_plugin.errors import BudgetError, SpaceError, did_you_mean
+from embsearch_plugin.errors import BudgetError, SettingsError, SpaceError, did_you_mean
 from embsearch_plugin.hookspecs import hookimpl
 from embsearch_plugin.space import SearchSpace
 
@@ -36,7 +36,7 @@ class Given(WholeTableConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if any(type(dim) is not int or dim < 0 for dim in self.dims.values()):
-            raise ValueError(f"dims must be at least 0, and whole numbers; got {dict(self.dims)}")
+            raise SettingsError(f"dims must be at least 0, and whole numbers; got {dict(self.dims)}")
 
     def check(self, tables: Sequence[Table], space: SearchSpace) -> None:
         """Make sure that there are such tables, and that their dims can be stored."""

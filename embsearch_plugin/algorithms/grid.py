@@ -17,7 +17,7 @@ from embsearch_plugin.algorithms.parts.fixed import Dims, FixedAllocation, Whole
 from embsearch_plugin.algorithms.uniform import Uniform, aligned, does_not_fit, fitting_dims, same_dim
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import Table
-from embsearch_plugin.errors import BudgetError
+from embsearch_plugin.errors import BudgetError, SettingsError
 from embsearch_plugin.hookspecs import hookimpl
 from embsearch_plugin.space import SearchSpace
 
@@ -40,7 +40,7 @@ class Grid(WholeTableConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.dims or self.dims[0] < 1 or any(left >= right for left, right in pairwise(self.dims)):
-            raise ValueError(f"dims must hold at least one, be positive and ascending, no one twice; got {list(self.dims)}")
+            raise SettingsError(f"dims must hold at least one, be positive and ascending, no one twice; got {list(self.dims)}")
 
     def check(self, tables: Sequence[Table], space: SearchSpace) -> None:
         """Make sure that a dim of the grid can be stored."""

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.algorithms.parts.pruning import kept_pairs, kept_weights, prune_pairs, prune_weights
 from embsearch_plugin.budget import Budget
+from embsearch_plugin.errors import SettingsError
 from embsearch_plugin.hookspecs import hookimpl
 from embsearch_plugin.plan import SizePlan, fine_index_bytes
 from embsearch_plugin.ranges import Ranges
@@ -60,9 +61,9 @@ class Magnitude(SearchConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.rounds < 1:
-            raise ValueError(f"rounds must be at least 1; got {self.rounds}")
+            raise SettingsError(f"rounds must be at least 1; got {self.rounds}")
         if not self.threshold >= 0:
-            raise ValueError(f"threshold must be at least 0; got {self.threshold}")
+            raise SettingsError(f"threshold must be at least 0; got {self.threshold}")
 
     @property
     def cuts_rows(self) -> bool:

@@ -31,6 +31,7 @@ from embsearch_plugin.algorithms.parts.fixed import Dims, FixedAllocation, Fixed
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import Table
 from embsearch_plugin.compact.fold import UNFOLDED, Fold
+from embsearch_plugin.errors import SettingsError
 from embsearch_plugin.hookspecs import hookimpl
 from embsearch_plugin.plan import SizePlan
 from embsearch_plugin.ranges import Range, Ranges
@@ -62,9 +63,9 @@ class Mde(FixedConfig):
         super().__post_init__()
         alphas, counts = self._tried_temperatures, self._tried_counts
         if not alphas or not all(0 <= alpha <= 1 for alpha in alphas) or len(set(alphas)) < len(alphas):
-            raise ValueError(f"temperatures must hold at least one, lie between 0 and 1, and differ; got {list(alphas)}")
+            raise SettingsError(f"temperatures must hold at least one, lie between 0 and 1, and differ; got {list(alphas)}")
         if not counts or min(counts) < 1 or len(set(counts)) < len(counts):
-            raise ValueError(f"block_counts must hold at least one, be at least 1, and differ; got {list(counts)}")
+            raise SettingsError(f"block_counts must hold at least one, be at least 1, and differ; got {list(counts)}")
 
     def allocations(self, tables: Sequence[Table], budget: Budget, space: SearchSpace) -> Sequence[SearchConfig]:
         """Return a config for each temperature and number of blocks, as far as the space tells them apart."""

@@ -51,7 +51,7 @@ from embsearch_plugin.algorithms.parts.scoring import losses
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import Table
 from embsearch_plugin.compact.fold import Fold
-from embsearch_plugin.errors import NonFiniteLoss, QualityError
+from embsearch_plugin.errors import NonFiniteLoss, QualityError, SettingsError
 from embsearch_plugin.hookspecs import hookimpl
 from embsearch_plugin.plan import SizePlan, TablePlan
 from embsearch_plugin.ranges import Range, Ranges
@@ -100,9 +100,9 @@ class Nis(SearchConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.mode not in ("se", "me"):
-            raise ValueError(f"mode must be 'se' or 'me'; got {self.mode!r}")
+            raise SettingsError(f"mode must be 'se' or 'me'; got {self.mode!r}")
         if min(self.group, self.score_batches) < 1 or not self.lr > 0 or not self.penalty >= 0:
-            raise ValueError(
+            raise SettingsError(
                 "group and score_batches must be at least 1, lr above 0, penalty at least 0; got "
                 f"{self.group}, {self.score_batches}, {self.lr}, {self.penalty}"
             )

@@ -25,6 +25,7 @@ from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.algorithms.parts.fixed import Dims, FixedAllocation, FixedConfig, proportional
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import Table
+from embsearch_plugin.errors import SettingsError
 from embsearch_plugin.hookspecs import hookimpl
 from embsearch_plugin.ranges import Range, Ranges
 from embsearch_plugin.space import SearchSpace
@@ -54,9 +55,9 @@ class Random(FixedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.by not in ("table", "block"):
-            raise ValueError(f"by must be 'table' or 'block'; got {self.by!r}")
+            raise SettingsError(f"by must be 'table' or 'block'; got {self.by!r}")
         if self.n_draws < 1 or self.seed < 0 or (self.draw is not None and self.draw < 0):
-            raise ValueError(
+            raise SettingsError(
                 f"draws must be at least 1, draw and seed at least 0; got {self.draws}, {self.draw} and {self.seed}"
             )
 

@@ -15,6 +15,8 @@ So, with Q from the SVD of diag(sqrt p) E G^(1/2) = P S Q^T, the table is stored
 falling worth, and is read through the projection Q^T G^(-1/2). Dropping column c for the rows of block b costs 1/2 sum over
 i in b of p_i A_ic^2: one currency for all tables. Which pairs are kept is decided by one exact knapsack over all tables, in
 which a projection pays for its rows. A table that is too small to pay for one keeps its own basis, with the diagonal of G.
+Columns are kept by the chunks of the space, whose widths double by default. Chunks of one column (``SearchSpace(align=1,
+column_chunks=32)``) made the allocation three times as long, and the models of MovieLens-1M clicks no better.
 Fine-tuning is the training that goes on after ``compact``.
 
 Nothing is done while the model trains: all of it happens in ``derive`` and ``compact``, on a few validation batches. A row that
@@ -42,7 +44,7 @@ from embsearch_plugin.algorithms.uniform import Uniform, fitting_dims
 from embsearch_plugin.budget import Budget, Option, TableOptions, allocate_among
 from embsearch_plugin.collection import Table
 from embsearch_plugin.compact.fold import UNFOLDED, Fold
-from embsearch_plugin.errors import AttachError
+from embsearch_plugin.errors import AttachError, SettingsError
 from embsearch_plugin.hookspecs import hookimpl
 from embsearch_plugin.plan import SizePlan, TablePlan, placement_bytes, projected_column_bytes, remap_bytes
 from embsearch_plugin.ranges import Range, Ranges
@@ -82,12 +84,12 @@ class Spectral(SearchConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.batches < 1 or not 0 < self.floor <= 1 or not 0 <= self.tolerance < 1 or not self.fine_tuning > 0:
-            raise ValueError(
+            raise SettingsError(
                 "batches must be at least 1, floor in (0, 1], tolerance in [0, 1) and fine_tuning above 0; got "
                 f"{self.batches}, {self.floor}, {self.tolerance} and {self.fine_tuning}"
             )
         if any(dim < 1 for dim in self.rivals) or len(set(self.rivals)) < len(self.rivals):
-            raise ValueError(f"rivals must be positive dims, no one twice; got {list(self.rivals)}")
+            raise SettingsError(f"rivals must be positive dims, no one twice; got {list(self.rivals)}")
 
     @property
     def trains(self) -> bool:

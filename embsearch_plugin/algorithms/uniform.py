@@ -12,7 +12,7 @@ from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.algorithms.parts.fixed import Dims, FixedAllocation, WholeTableConfig
 from embsearch_plugin.budget import Budget, human_bytes
 from embsearch_plugin.collection import Table
-from embsearch_plugin.errors import BudgetError, SpaceError
+from embsearch_plugin.errors import BudgetError, SettingsError, SpaceError
 from embsearch_plugin.hookspecs import hookimpl
 from embsearch_plugin.space import SearchSpace
 
@@ -26,7 +26,8 @@ class Uniform(WholeTableConfig):
 
     Args:
         dim: the dim to train with, which the budget must hold; by default the largest multiple of the space's ``align``
-            within it. Tables narrower than it keep their own.
+            within it. Tables narrower than it keep their own. It must be a multiple of ``align``: the papers' dims, 2 (MiD)
+            and 10 (MaD), take ``space=SearchSpace(align=1)``.
     """
 
     name: ClassVar[str] = "uniform"
@@ -35,7 +36,7 @@ class Uniform(WholeTableConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.dim is not None and self.dim < 1:
-            raise ValueError(f"dim must be at least 1; got {self.dim}")
+            raise SettingsError(f"dim must be at least 1; got {self.dim}")
 
     @property
     def same_at_every_budget(self) -> bool:

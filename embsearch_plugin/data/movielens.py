@@ -33,7 +33,7 @@ from embsearch_plugin.data.dataset import (
 )
 from embsearch_plugin.data.interactions import Ratings, occurring, rating_dataset, top_k_dataset
 from embsearch_plugin.data.ranking import RankingDataset
-from embsearch_plugin.errors import DataError, did_you_mean
+from embsearch_plugin.errors import DataError, SettingsError, did_you_mean
 from embsearch_plugin.tasks import CLICK, TASKS
 
 # fmt: off
@@ -90,9 +90,9 @@ class MovieLens1M:
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
-            raise ValueError(f"unknown task {self.task!r}.{did_you_mean(self.task, TASKS)}")
+            raise SettingsError(f"unknown task {self.task!r}.{did_you_mean(self.task, TASKS)}")
         if self.task == "top-k" and self.split_by != "random":
-            raise ValueError("split_by must be random for the task top-k, whose test split is given in leave_one_out.parquet")
+            raise SettingsError("split_by must be random for the task top-k: leave_one_out.parquet says what its test split is")
 
     def load(self) -> TabularDataset | RankingDataset:
         """Read the files; the full data set takes about two seconds.

@@ -19,6 +19,7 @@ from embsearch_plugin.data.dataset import Field, Schema, Split, SplitBy, Tabular
 from embsearch_plugin.data.interactions import Ratings, rating_dataset
 from embsearch_plugin.data.movielens import standardise
 from embsearch_plugin.data.vocabulary import encode_frequent, encode_parts
+from embsearch_plugin.errors import SettingsError
 
 SOURCE = "MovieLens-20M from GroupLens, or ratings in its layout, and give the folder as 'path'"
 NO_GENRES = "(no genres listed)"
@@ -65,7 +66,7 @@ class MovieLensCsv:
 
     def __post_init__(self) -> None:
         if self.task not in ("click", "rating"):
-            raise ValueError(f"task must be 'click' or 'rating' for movielens-csv; got {self.task!r}")
+            raise SettingsError(f"task must be 'click' or 'rating' for movielens-csv; got {self.task!r}")
 
     def load(self) -> TabularDataset:
         """Read the files; a million ratings take about a second.

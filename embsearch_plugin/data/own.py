@@ -9,7 +9,7 @@ import numpy as np
 from torchrec.datasets.utils import Batch
 
 from embsearch_plugin.data.dataset import Batches, Dataset, Schema, Split
-from embsearch_plugin.errors import DataError
+from embsearch_plugin.errors import DataError, SettingsError
 from embsearch_plugin.own import accepted, imported
 from embsearch_plugin.tasks import TASKS
 
@@ -34,7 +34,7 @@ class OwnData:
     def __post_init__(self) -> None:
         imported(self.name)
         if self.task not in TASKS:
-            raise ValueError(f"task must be one of {', '.join(TASKS)}; got {self.task!r}")
+            raise SettingsError(f"task must be one of {', '.join(TASKS)}; got {self.task!r}")
 
     def load(self) -> Dataset:
         """Call the function.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from embsearch_plugin.algorithms.base import AlgorithmConfig
 from embsearch_plugin.collection import Table
+from embsearch_plugin.errors import SettingsError
 from embsearch_plugin.streaming.collection import Lookup
 from embsearch_plugin.streaming.forms import RowForm
 from embsearch_plugin.streaming.row_optimizers import ROW_OPTIMIZERS, RowOptimizer
@@ -38,9 +39,9 @@ class StreamConfig(AlgorithmConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.rows not in ROW_OPTIMIZERS:
-            raise ValueError(f"rows must be one of {', '.join(ROW_OPTIMIZERS)}; got {self.rows!r}")
+            raise SettingsError(f"rows must be one of {', '.join(ROW_OPTIMIZERS)}; got {self.rows!r}")
         if not (self.row_lr > 0 and self.init_std >= 0):
-            raise ValueError(f"row_lr must be above 0 and init_std at least 0; got {self.row_lr} and {self.init_std}")
+            raise SettingsError(f"row_lr must be above 0 and init_std at least 0; got {self.row_lr} and {self.init_std}")
 
     @property
     def row_optimizer(self) -> RowOptimizer:

@@ -7,6 +7,7 @@ from typing import Any
 from embsearch_plugin.algorithms.fixed import Fixed
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.data import stream
+from embsearch_plugin.errors import SettingsError
 from embsearch_plugin.models.stream_mlp import StreamMlp
 from embsearch_plugin.plain import structured
 from embsearch_plugin.recipes import methods_of
@@ -32,7 +33,7 @@ class StreamTrain:
 
     def __post_init__(self) -> None:
         if min(self.batch_size, self.last, self.checkpoint) < 1 or not self.lr > 0:
-            raise ValueError(
+            raise SettingsError(
                 "batch_size, last and checkpoint must be at least 1 and lr above 0; got "
                 f"{self.batch_size}, {self.last}, {self.checkpoint} and {self.lr}"
             )
@@ -56,10 +57,10 @@ class StreamSearch:
         if self.cap is not None:
             cap_in_bytes(Budget.of(self.cap), 1)
         if not self.baselines:
-            raise ValueError("baselines must hold at least one algorithm, to compare with")
+            raise SettingsError("baselines must hold at least one algorithm, to compare with")
         for config in (self.algorithm, *self.baselines):
             if not isinstance(config, StreamConfig):
-                raise ValueError(f"{config.name!r} does not work on streams; fixed, esapn, autoemb and darts do")
+                raise SettingsError(f"{config.name!r} does not work on streams; fixed, esapn, autoemb and darts do")
 
     @property
     def methods(self) -> dict[str, StreamConfig]:
@@ -87,7 +88,7 @@ class StreamRecipe:
 
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise ValueError(f"seeds must hold at least one, no one twice, each 0 or more; got {list(self.seeds)}")
+            raise SettingsError(f"seeds must hold at least one, no one twice, each 0 or more; got {list(self.seeds)}")
 
 
 def parse_stream_recipe(content: Mapping[str, Any], source: str) -> StreamRecipe:

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Iterator
 from random import Random
 from typing import Any
 
+from embsearch_plugin.errors import SettingsError
+
 
 class Replay:
     """A stream's batches as they come, some of which are remembered: each batch so far is as likely as the other.
@@ -22,7 +24,7 @@ class Replay:
 
     def __init__(self, batches: Iterable[Any], capacity: int = 200, seed: int = 0) -> None:
         if capacity < 1:
-            raise ValueError(f"capacity must be at least 1; got {capacity}")
+            raise SettingsError(f"capacity must be at least 1; got {capacity}")
         self._batches, self._capacity, self._random = batches, capacity, Random(seed)
         self._kept: list[Any] = []
         self._seen = 0

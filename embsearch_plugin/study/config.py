@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from embsearch_plugin.errors import SettingsError
 from embsearch_plugin.ranges import Choices, Range, is_number
 
 DEFAULT_SAMPLER = {"name": "TPESampler"}
@@ -40,15 +41,15 @@ class Layout:
         for name in ("row_blocks", "column_chunks"):
             count: Range | None = getattr(self, name)
             if count is not None and not all(isinstance(end, int) and end >= 1 for end in count.ends):
-                raise ValueError(f"{name} must range over whole numbers from 1; got {count.low!r} to {count.high!r}")
+                raise SettingsError(f"{name} must range over whole numbers from 1; got {count.low!r} to {count.high!r}")
             if count is not None and count.fraction:
-                raise ValueError(f"{name}: {count.fraction}")
+                raise SettingsError(f"{name}: {count.fraction}")
         for name in ("row_growth", "column_growth"):
             growth: Range = getattr(self, name)
             if not all(is_number(end) and end > 0 for end in growth.ends):
-                raise ValueError(f"{name} must range over numbers above 0; got {growth.low!r} to {growth.high!r}")
+                raise SettingsError(f"{name} must range over numbers above 0; got {growth.low!r} to {growth.high!r}")
         if empty := [group for group, tables in self.groups.items() if not tables]:
-            raise ValueError(f"groups must hold at least one table each; {', '.join(empty)} holds none")
+            raise SettingsError(f"groups must hold at least one table each; {', '.join(empty)} holds none")
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Study:
         for part in ("sampler", "pruner"):
             object.__setattr__(self, part, _named(part, getattr(self, part)))
         if problems := self._problems():
-            raise ValueError("; ".join(problems))
+            raise SettingsError("; ".join(problems))
 
     def _problems(self) -> list[str]:
         problems = [
@@ -114,7 +115,7 @@ def _named(part: str, given: Any) -> Any:
         return given
     if isinstance(given, str):
         return {"name": given}
-    raise ValueError(f"{part} must be the name of a class of Optuna's, or a mapping with a name; got {given!r}")
+    raise SettingsError(f"{part} must be the name of a class of Optuna's, or a mapping with a name; got {given!r}")
 
 
 def hidden(url: str) -> str:

@@ -176,6 +176,30 @@ def test_alpha_follows_adam_along_the_validation_gradient() -> None:
         assert torch.allclose(search.vectors, twin.vectors, atol=1e-6)
 
 
+def test_weight_steps_have_samples_of_their_steps_temperature() -> None:
+    """Line 5 of Algorithm 1, with Eq. 6 at the temperature of III.B."""
+    model, session, _ = autodim(PLAIN, steps=40)
+    twin = es.AutoDim().build()
+    twin.load_state_dict(copy.deepcopy(session.algorithm.state_dict()))
+    model(PLAIN.batch(seed=1))
+    expected = twin._gates(session, twin.sample(session.step_count))
+    assert temperature(session.step_count) < temperature(0)
+    for gates, wanted in zip(model.collection.next_gates, expected, strict=True):
+        assert torch.equal(gates, wanted)
+
+
+@pytest.mark.parametrize(("budget", "warns"), [("10%", True), ("75%", False), ("100 params", True)])
+def test_a_budget_too_small_for_the_smallest_candidates_is_said_before_the_search(
+    budget: str, warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, session, _ = searched(PLAIN, 1, algorithm=es.AutoDim(), budget=budget)
+    assert ("the smallest candidates take" in caplog.text) == warns
+    if warns:
+        session.step(PLAIN.batch(seed=1))
+        with pytest.raises(BudgetError):
+            session.derive()
+
+
 @variants
 @pytest.mark.parametrize("world", [ONE_EACH, WIDE], ids=["one id", "bags"])
 def test_gradients_of_alpha_are_those_of_finite_differences(variant: dict[str, Any], world: World) -> None:
@@ -387,7 +411,7 @@ def test_a_plan_with_another_dim_is_refused() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"candidates": ()}, "positive dims, each once, ascending"),
+        ({"candidates": ()}, "positive dims, ascending, each once"),
         ({"candidates": (0, 4)}, "positive dims"),
         ({"candidates": (4, 2)}, "ascending"),
         ({"candidates": (2, 2)}, "each once"),

@@ -15,6 +15,7 @@ from torchrec.datasets.utils import Batch
 import embsearch_plugin as es
 from embsearch_plugin.algorithms.parts.block_choices import BlockChoices
 from embsearch_plugin.algorithms.parts.embedding_blocks import EmbeddingBlocks, menu
+from embsearch_plugin.algorithms.parts.quality import quality_of
 from embsearch_plugin.collection import Table
 from embsearch_plugin.files import read_state, write_state
 from embsearch_plugin.plan import TablePlan
@@ -93,7 +94,7 @@ def test_small_tables_have_one_row_block() -> None:
     _, session, _ = searched(WORLDS["unequal dims"], algorithm=es.Nis(warm_up=2), space=es.SearchSpace(row_blocks=3))
     choices = BlockChoices.of(session, "me")
     assert [len(table.rows) for table in choices.tables] == [3, 3, 1]
-    assert choices.arms == [4, 4, 4, 4, 4, 2] or choices.arms[-1] == 2
+    assert choices.arms == [4, 4, 4, 4, 4, 2]
 
 
 # What runs when.
@@ -209,6 +210,13 @@ def test_a_quality_that_is_no_number_changes_nothing(quality: Any, message: str)
         session.step(PLAIN.batch(32, seed=3))
     after = [*model.state_dict().values(), *session.gates, session.algorithm.controller.logits]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_a_recall_that_is_always_one_is_refused() -> None:
+    logits = torch.randn(6, 5)
+    assert 0 <= float(quality_of("recall@4")(logits, torch.zeros(6, 5))) <= 1
+    with pytest.raises(es.EmbsearchError, match="more than 5 candidates, or it is always one; the model returns 5"):
+        quality_of("recall@5")(logits, torch.zeros(6, 5))
 
 
 def test_a_budget_of_less_than_a_byte_is_no_infinite_cost() -> None:

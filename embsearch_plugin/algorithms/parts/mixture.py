@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from embsearch_plugin.algorithms.esapn import check_candidates, widths_within
 from embsearch_plugin.collection import Table
+from embsearch_plugin.errors import SettingsError
 from embsearch_plugin.streaming.base import StreamAlgorithm, StreamConfig
 from embsearch_plugin.streaming.forms import Entries, RowForm
 from embsearch_plugin.streaming.rows import Piece
@@ -30,7 +31,7 @@ class SoftConfig(StreamConfig):
         super().__post_init__()
         check_candidates(self.candidates)
         if not self.lr > 0:
-            raise ValueError(f"lr must be above 0; got {self.lr}")
+            raise SettingsError(f"lr must be above 0; got {self.lr}")
 
     def row_form(self, table: Table) -> "Mixture":
         """Return a mixture."""

@@ -9,7 +9,7 @@ from typing import SupportsFloat
 import torch
 from torch import Tensor
 
-from embsearch_plugin.errors import QualityError, did_you_mean
+from embsearch_plugin.errors import QualityError, SettingsError, did_you_mean
 
 Quality = Callable[[Tensor, Tensor], float | Tensor]  # (logits, labels) of some examples -> a number
 
@@ -43,11 +43,17 @@ def recall(n: int, logits: Tensor, labels: Tensor) -> Tensor:
     sampled recall.
 
     Raises:
-        QualityError: where logits are not (examples, candidates).
+        QualityError: where logits are not (examples, candidates), or there are no more than n candidates, which all are among
+            the n.
     """
     if logits.dim() != 2:
         wanted = "logits (B, 1 + negatives), the positive first"
         raise QualityError(_wrong_shape(f"recall@{n}", wanted, logits, labels))
+    if logits.shape[1] <= n:
+        raise QualityError(
+            f"the quality 'recall@{n}' must have more than {n} candidates, or it is always one; the model returns "
+            f"{logits.shape[1]} for each example.\n  Possible solutions: 1) recall@1  2) more negatives."
+        )
     before = (logits[:, 1:] >= logits[:, :1]).sum(1)
     return (before < n).double().mean()
 
@@ -67,7 +73,7 @@ def quality_of(quality: str | Quality) -> Quality:
     """Return the quality of a name: ``"auc"``, ``"recall@1"`` (any number) or ``"mse"`` (its negative); or the given function.
 
     Raises:
-        ValueError: where there is no such name.
+        SettingsError: where there is no such name.
     """
     if callable(quality):
         return quality
@@ -77,7 +83,7 @@ def quality_of(quality: str | Quality) -> Quality:
     named: dict[str, Quality] = {"auc": auc, "mse": negative_squared_error}
     if quality not in named:
         known = did_you_mean(str(quality), [*named, "recall@1"])
-        raise ValueError(f"unknown quality {quality!r}.{known} Or a function (logits, labels) -> a number")
+        raise SettingsError(f"unknown quality {quality!r}.{known} Or a function (logits, labels) -> a number")
     return named[quality]
 
 

@@ -1,5 +1,6 @@
 """Selecting one of a table's candidate dims: what AutoDim and SAM share (autodim.txt, II.B.3, II.D.1, III.B)."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -14,7 +15,7 @@ from embsearch_plugin.algorithms.parts.scoring import losses
 from embsearch_plugin.budget import Budget, Option, TableOptions, allocate
 from embsearch_plugin.collection import Table
 from embsearch_plugin.compact.fold import UNFOLDED, Fold
-from embsearch_plugin.errors import PlanError, SpaceError
+from embsearch_plugin.errors import PlanError, SettingsError, SpaceError
 from embsearch_plugin.hookspecs import hookimpl
 from embsearch_plugin.plan import Block, SizePlan, TablePlan
 from embsearch_plugin.ranges import Range, Ranges
@@ -22,6 +23,8 @@ from embsearch_plugin.space import SearchSpace
 
 if TYPE_CHECKING:
     from embsearch_plugin.search.session import Session
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,14 +60,14 @@ class CandidateDims(SearchConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.candidates or self.candidates[0] < 1 or list(self.candidates) != sorted(set(self.candidates)):
-            raise ValueError(f"candidates must be positive dims, each once, ascending, as (2, 4, 8); got {self.candidates!r}")
+            raise SettingsError(f"candidates must be positive dims, ascending, each once, as (2, 4); got {self.candidates!r}")
         if self.lookup not in ("shared", "separate") or self.transform not in FORMS:
-            raise ValueError(
+            raise SettingsError(
                 "lookup must be 'shared' or 'separate', and transform 'padding' or 'linear'; "
                 f"got {self.lookup!r} and {self.transform!r}"
             )
         if not (self.lr > 0 and self.scored_on >= 1):
-            raise ValueError(f"lr must be above 0 and scored_on at least 1; got {self.lr} and {self.scored_on}")
+            raise SettingsError(f"lr must be above 0 and scored_on at least 1; got {self.lr} and {self.scored_on}")
 
     @property
     def cuts_rows(self) -> bool:
@@ -165,6 +168,22 @@ class CandidateSearch:
             for row, number in zip(vectors, numbers, strict=True):
                 row[number:] = -torch.inf
             self._set_vectors(vectors.to(session.gates[0].device))
+            self._warn_of_a_budget_that_is_too_small(session)
+
+    def _warn_of_a_budget_that_is_too_small(self, session: "Session") -> None:
+        """Say so before the search, not only by the error after it. Another budget may still be given to ``derive``."""
+        least = 0
+        for spec, form in zip(session.specs, _forms(session), strict=True):
+            plans = [self._plan(spec, form, dim) for dim in _by_stored(form)]
+            least += min(plan.size_bytes if session.budget.unit == "bytes" else plan.n_params for plan in plans)
+        if least > session.budget.limit(session.original_bytes):
+            log.warning(
+                "the smallest candidates take %s %s, more than the budget of %s: derive will need a larger one, or smaller "
+                "candidates and SearchSpace(align=1)",
+                f"{least:,}",
+                session.budget.unit,
+                session.budget,
+            )
 
     def _set_vectors(self, values: Tensor) -> torch.optim.Adam:
         self.vectors = values.clone().requires_grad_()
