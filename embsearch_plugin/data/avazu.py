@@ -11,9 +11,10 @@ import numpy as np
 import polars as pl
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from embsearch_plugin.data.csv_file import Chunk, read_chunks
-from embsearch_plugin.data.dataset import Field, Schema, TabularDataset, random_split
+from embsearch_plugin.data.dataset import Field, Schema, Split, SplitBy, TabularDataset, random_split, time_split
 from embsearch_plugin.data.vocabulary import encode_frequent
 
 SOURCE = "the train file of Avazu's Click-Through Rate Prediction from Kaggle, and give it as 'path', plain or gzip"
@@ -21,6 +22,7 @@ SITE, APP = ("site_id", "site_domain", "site_category"), ("app_id", "app_domain"
 HASHES = (*SITE, *APP, "device_id", "device_ip", "device_model")
 ANONYMOUS = tuple(f"C{i}" for i in range(14, 22))
 INTEGERS = ("C1", "banner_pos", "device_type", "device_conn_type", *ANONYMOUS)
+TIME = "time"
 FIELDS = ("hour", "C1", "banner_pos", *HASHES, "device_type", "device_conn_type", *ANONYMOUS)
 
 
@@ -36,12 +38,13 @@ class Avazu:
     split, so that nothing is known of the others; the paper does not say where.
 
     ``balanced`` keeps all clicks and draws, at random, as many of the others, as the paper does: half of the examples are then
-    positive, in each split nearly so. ``seed`` decides on that and on the split, which is random.
+    positive, in each split of a random one nearly so. ``seed`` decides on that, and on a random split, which is the paper's.
 
     Args:
         path: the train file.
         split: fractions for training, validation and test.
-        seed: of the split, and of the balance.
+        split_by: at random, or by time, to the hour.
+        seed: of a random split, and of the balance.
         min_count: values that occur less often share an id.
         balanced: as many examples that were not clicked as were.
     """
@@ -50,6 +53,7 @@ class Avazu:
 
     path: str
     split: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    split_by: SplitBy = "random"
     seed: int = 0
     min_count: int = 30
     balanced: bool = False
@@ -65,7 +69,7 @@ class Avazu:
         if self.balanced:
             kept = _balance(labels, self.seed)
             examples, labels = examples[kept], labels[kept]
-        splits = random_split(len(labels), self.split, self.seed)
+        splits = self._split(examples.drop_in_place(TIME).to_numpy())
         ids = np.empty((len(labels), len(FIELDS)), np.int32)
         rows = [0] * len(FIELDS)
         for f, field in enumerate(FIELDS):  # each column is let go of once its ids are there
@@ -78,14 +82,21 @@ class Avazu:
             splits=splits,
         )
 
+    def _split(self, times: NDArray[np.int64]) -> dict[Split, Tensor]:
+        if self.split_by == "time":
+            return time_split(times, self.split)
+        return random_split(len(times), self.split, self.seed)
+
 
 def _parse(chunk: Chunk) -> pl.DataFrame:
-    """Return ``click`` and the fields as small integers."""
+    """Return ``click``, the hour as it is written, and the fields as small integers."""
     click = pl.col("click").replace_strict({"0": False, "1": True}, default=None, return_dtype=pl.Boolean)
-    digits = pl.when(pl.col("hour").str.contains(r"^\d{6}([01]\d|2[0-3])$")).then(pl.col("hour").str.slice(6))
+    written = pl.when(pl.col("hour").str.contains(r"^\d{6}([01]\d|2[0-3])$")).then(pl.col("hour"))
+    hours = chunk.require("hour", written, "an hour as YYMMDDHH").cast(pl.Int32)
     columns = [
         chunk.require("click", click, "0 or 1"),
-        chunk.require("hour", digits, "an hour as YYMMDDHH").cast(pl.Int8),
+        hours.alias(TIME),
+        (hours % 100).cast(pl.Int8),
         *(chunk.require(name, pl.col(name).cast(pl.Int32, strict=False), "an integer") for name in INTEGERS),
     ]
     for name in HASHES:

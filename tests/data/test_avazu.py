@@ -90,6 +90,16 @@ def test_splits_are_by_seed_and_fractions(tmp_path: Path) -> None:
     assert not torch.equal(first.splits["test"], other.splits["test"])
 
 
+def test_a_split_by_time_tests_on_the_latest_hours(tmp_path: Path) -> None:
+    hours = [f"1410{day:02}{hour:02}" for day in (22, 21, 30) for hour in (5, 23, 0, 11)] * 5
+    data = Avazu(write(tmp_path / "train", [line(hour=hour) for hour in hours]), split_by="time").load()
+    train, validation, test = (
+        [int(hours[at]) for at in data.splits[part].tolist()] for part in ("train", "validation", "test")
+    )
+    assert (len(train), len(validation), len(test)) == (48, 6, 6)
+    assert train + validation + test == sorted(map(int, hours))
+
+
 def test_values_keep_all_of_their_bits(tmp_path: Path) -> None:
     lines = [line(device_ip=ip, C20=number) for ip, number in (("ffffffff", "-1"), ("7fffffff", "100084"), ("FFFFFFFF", "0"))]
     data = Avazu(write(tmp_path / "train", lines), min_count=1, split=(1.0, 0.0, 0.0)).load()
