@@ -345,6 +345,10 @@ def test_an_allocation_that_does_not_depend_on_the_budget_is_trained_once_for_al
         (method, budget) for method in ("grid", "spectral") for budget in ("50%", "25%")
     ]
     assert len({cell["folder"] for cell in shared}) == len({json.dumps(cell["validation"]) for cell in shared}) == 1
+    for budget in ("50%", "25%"):  # the spectral method and its rival: validation decides
+        rivals = by_place(metrics, method="spectral", budget=budget)
+        best = min(rivals, key=lambda cell: cell["validation"]["log_loss"])
+        assert len(rivals) == 2 and [cell for cell in rivals if cell["chosen"]] == [best]
 
 
 def test_a_grid_of_which_nothing_fits_is_infeasible(tmp_path: Path) -> None:
