@@ -1,12 +1,8 @@
 """Budgets in bytes or parameters, the one place where bytes are counted, and the exact knapsack."""
 
-import ctypes
 import logging
-import os
 import re
-import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
@@ -266,26 +262,6 @@ def _does_not_fit(tables: Sequence[TableOptions], limit: int, least: int, unit: 
     )
 
 
-@contextmanager
-def _silent_solver() -> Iterator[None]:
-    """Keep HiGHS from printing: some versions leave a debugging line on the process's standard output."""
-    sys.stdout.flush()
-    try:
-        stdout = os.dup(1)
-    except OSError:  # the process has no standard output
-        yield
-        return
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    try:
-        yield
-    finally:
-        ctypes.CDLL(None).fflush(None)  # what C still holds back goes nowhere too
-        os.dup2(stdout, 1)
-        os.close(stdout)
-        os.close(nowhere)
-
-
 UNIFORM, SWITCH, COLUMNS = -1, -2, -3  # in place of a block's number
 Key = tuple[int, int, int, int]  # (table, way, block, dim)
 
@@ -319,14 +295,13 @@ class _Knapsack:
         scale = 2.0 ** max(0, limit.bit_length() - 24)
         # So are those of the gap to the best, 1e-6: worths up to 1,000 make it a billionth of the largest.
         worth = self.utilities / (float(np.abs(self.utilities).max()) or 1.0) * 1e3
-        with _silent_solver():
-            found = milp(
-                -worth,
-                integrality=np.ones(len(self.keys), dtype=np.int64),
-                bounds=Bounds(0, 1),
-                constraints=[*self.constraints, LinearConstraint((self.costs / scale)[None, :], -np.inf, limit / scale)],
-                options={"mip_rel_gap": 1e-9, "time_limit": TIME_LIMIT},
-            )
+        found = milp(
+            -worth,
+            integrality=np.ones(len(self.keys), dtype=np.int64),
+            bounds=Bounds(0, 1),
+            constraints=[*self.constraints, LinearConstraint((self.costs / scale)[None, :], -np.inf, limit / scale)],
+            options={"mip_rel_gap": 1e-9, "time_limit": TIME_LIMIT},
+        )
         if found.x is None:
             raise AllocationError(f"the allocation within {limit:,} could not be solved: {found.message}")
         status: int = found.status

@@ -19,6 +19,7 @@ from embsearch_plugin.plan import TablePlan
 from embsearch_plugin.streaming.collection import StreamingEmbeddingBagCollection
 from embsearch_plugin.supernet.forms import Form
 from embsearch_plugin.supernet.searchable import SearchableEmbeddingBagCollection
+from embsearch_plugin.supernet.single import is_changed
 
 NAME = "torchrec_ebc"
 FUSED_MARKS = ("_optimizer_classes", "_optimizer_kwargs")  # of TorchRec's apply_optimizer_in_backward
@@ -58,6 +59,7 @@ def _found(module: nn.Module, paths: tuple[str, ...]) -> FoundCollection:
             "the model is itself an EmbeddingBagCollection, so nothing holds it that it could be replaced in.\n"
             "  Possible solution: prepare the model around it, or a small nn.Module with it as an attribute."
         )
+    _refuse_changes(paths[0], module)
     tables = tuple(
         Table(
             paths[0],
@@ -70,6 +72,27 @@ def _found(module: nn.Module, paths: tuple[str, ...]) -> FoundCollection:
         for config in module.embedding_bag_configs()
     )
     return FoundCollection(NAME, paths, module, tables)
+
+
+def _refuse_changes(path: str, collection: EmbeddingBagCollection) -> None:
+    """Raise where the collection, or a bag in it, does more than TorchRec made it do: a rewrite would lose that."""
+    if is_changed(collection):
+        raise UnsupportedCollection(_changed(path, "has hooks or a forward of its own"))
+    for name, bag in collection.embedding_bags.items():
+        if type(bag) is not nn.EmbeddingBag:
+            raise UnsupportedCollection(_changed(f"{path}.embedding_bags.{name}", f"is a {type(bag).__name__}"))
+        if is_changed(bag):
+            raise UnsupportedCollection(_changed(f"{path}.embedding_bags.{name}", "has hooks or a forward of its own"))
+        settings = [key for key in ("max_norm", "padding_idx") if getattr(bag, key) is not None]
+        if settings := settings + ["scale_grad_by_freq"] * bag.scale_grad_by_freq:
+            raise UnsupportedCollection(_changed(f"{path}.embedding_bags.{name}", f"sets {', '.join(settings)}"))
+
+
+def _changed(path: str, what: str) -> str:
+    return (
+        f"{path!r} {what}, which compact tables would not have.\n  Possible solution: do it in the module around the "
+        "EmbeddingBagCollection, on its input or output."
+    )
 
 
 def _dtype_of(module: EmbeddingBagCollection, table: str) -> torch.dtype:

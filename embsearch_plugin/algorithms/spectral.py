@@ -175,6 +175,7 @@ def _fisher(session: "Session", batches: int) -> list[Tensor]:
     *means, seen = distributed.mean([*sums, examples])
     if not seen:
         raise AttachError(NO_EXAMPLES)
+    session.probe.require_finite(means)
     return [(mean / seen).cpu() for mean in means]
 
 

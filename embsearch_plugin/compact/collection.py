@@ -53,7 +53,8 @@ class TableIndex(FixedIndex):
     def outputs(self, columns: Tensor) -> Tensor:
         """Return the table's output (B, D), of its stored columns: (B, K) where it has a projection, else padded, (B, D)."""
         if self.projection is not None:
-            columns = columns @ self.projection
+            with torch.autocast(columns.device.type, enabled=False):  # as in a lookup, which autocast leaves alone
+                columns = columns @ self.projection
         return columns if self.bias is None else columns + self.bias
 
 

@@ -69,7 +69,7 @@ class Probe:
         examples, and a bag to be one example's (of one that several share, it is their sum). Rows are per table float32
         (n, D): one for each bag that is not empty, since all its ids have the gradient of the bag's output, times their
         weights, and divided by their number where a table is averaged. The model runs in evaluation mode, since batch norm
-        makes examples depend on each other. Those of this process.
+        makes examples depend on each other. Those of this process, numbers or not: see :meth:`require_finite`.
         """
         with evaluating(self._model), self._untouched(), self._tables.capturing() as captured:
             outcome = outcome_of(self._objective, self._model, batch)
@@ -94,7 +94,15 @@ class Probe:
             outcome = self._after_weight_step(batch, gates, xi) if xi else outcome_of(self._objective, self._model, batch)
             gradients = self._gradients(outcome.loss, leaves)
         loss, *gradients = distributed.mean([outcome.loss.detach().float(), *gradients])
+        self.require_finite(gradients, loss)  # where one process has no number none has, and all say so
         return float(loss), gradients
+
+    def require_finite(self, gradients: Sequence[Tensor], loss: Tensor | None = None) -> None:
+        """Raise a NonFiniteLoss unless a loss and its gradients are numbers."""
+        if loss is not None and not math.isfinite(float(loss)):
+            raise NonFiniteLoss(self._not_finite("loss", float(loss)))
+        if not all(bool(gradient.isfinite().all()) for gradient in gradients):
+            raise NonFiniteLoss(self._not_finite("gradient", math.nan))
 
     def look_up(self, batch: Any) -> None:
         """Run a batch for its lookups alone."""
@@ -118,8 +126,6 @@ class Probe:
         return after_weight_step(self._model, self._objective, self._tables, gates, self._train_batch(), batch, xi)
 
     def _gradients(self, loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
-        if not math.isfinite(float(loss.detach())):
-            raise NonFiniteLoss(self._not_finite("loss", float(loss.detach())))
         found = torch.autograd.grad(loss, list(leaves), allow_unused=True) if loss.requires_grad else ()
         if all(gradient is None for gradient in found):
             raise ObjectiveError(
@@ -127,10 +133,7 @@ class Probe:
                 "compute it under no_grad or inference_mode  2) checkpoint with use_reentrant=False  3) an objective that "
                 "runs the tables."
             )
-        gradients = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
-        if not all(bool(gradient.isfinite().all()) for gradient in gradients):
-            raise NonFiniteLoss(self._not_finite("gradient", math.nan))
-        return gradients
+        return [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
 
     def _not_finite(self, what: str, value: float) -> str:
         return (

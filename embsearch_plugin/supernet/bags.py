@@ -18,8 +18,14 @@ def ordered(features: KeyedJaggedTensor, names: Sequence[str]) -> KeyedJaggedTen
     """Return the named features, in that order; the batch itself where it has just these.
 
     Raises:
-        InputError: where a feature is missing, the batch is empty, or it has a stride per key (variable batch size).
+        InputError: where a feature is missing, the batch is empty or deduplicated, or it has a stride per key (variable batch
+            size).
     """
+    if features.inverse_indices_or_none() is not None:
+        raise InputError(
+            "a deduplicated batch (with inverse indices) is not supported by searchable and compact collections.\n"
+            "  Possible solution: build the KeyedJaggedTensor with a bag for each example, without inverse_indices."
+        )
     if features.variable_stride_per_key():
         raise InputError(
             "a batch size of its own per feature (variable stride) is not supported by searchable and compact collections.\n"

@@ -55,12 +55,13 @@ def _is_plain(collection: EmbeddingBagCollection) -> bool:
     return (
         not collection.is_weighted()
         and not _has_any_global_hook()
-        and not any(map(_is_changed, (collection, *bags)))
+        and not any(map(is_changed, (collection, *bags)))
         and all(type(bag) is nn.EmbeddingBag and _is_dense(bag) for bag in bags)
     )
 
 
-def _is_changed(module: nn.Module) -> bool:
+def is_changed(module: nn.Module) -> bool:
+    """Whether a module has hooks, or a forward that is not its type's."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or "forward" in vars(module)
 

@@ -1,5 +1,8 @@
 """The adapter for TorchRec's EmbeddingBagCollection: what it takes, and what it refuses by name."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from support import PLAIN, dlrm, searched
@@ -89,6 +92,22 @@ def test_a_model_that_is_searched_or_compact_already_is_refused() -> None:
     compact = session.compact(session.derive())
     with pytest.raises(UnsupportedCollection, match="compact already"):
         es.prepare(compact)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda c: c.register_forward_hook(lambda *_: None), "'inside' has hooks"),
+        (lambda c: c.embedding_bags["t1"].register_forward_hook(lambda *_: None), "'inside.embedding_bags.t1' has hooks"),
+        (lambda c: setattr(c.embedding_bags["t1"], "padding_idx", 0), "'inside.embedding_bags.t1' sets padding_idx"),
+        (lambda c: setattr(c.embedding_bags["t1"], "max_norm", 1.0), "'inside.embedding_bags.t1' sets max_norm"),
+    ],
+)
+def test_what_a_rewrite_would_lose_is_refused(change: Callable[[Any], Any], what: str) -> None:
+    model = Holder(PLAIN.collection())
+    change(model.inside)
+    with pytest.raises(UnsupportedCollection, match=what):
+        es.prepare(model)
 
 
 def test_a_bare_collection_cannot_be_replaced() -> None:

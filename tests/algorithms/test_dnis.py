@@ -1,6 +1,7 @@
 """DNIS against the equations of its paper."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -208,6 +209,14 @@ def test_the_loss_that_stops_a_search_is_that_of_all_processes(monkeypatch: pyte
     mean_loss, mean_gradients = session.probe.gate_gradients(PLAIN.batch(seed=5), gates, gates)
     assert mean_loss == pytest.approx(3 * loss)
     assert all(torch.allclose(mean, 3 * own) for mean, own in zip(mean_gradients, gradients, strict=True))
+
+
+def test_a_loss_that_is_no_number_in_another_process_is_an_error_here_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise that one would stop, and this one wait for it."""
+    _, session, _ = searched(PLAIN)
+    monkeypatch.setattr(distributed, "mean", lambda values: [value + math.nan for value in values])
+    with pytest.raises(es.EmbsearchError, match="validation loss must be a number; got nan"):
+        session.step(PLAIN.batch(seed=5))
 
 
 def test_a_budget_in_parameters_counts_parameters() -> None:

@@ -241,6 +241,17 @@ def test_a_batch_of_one_example_is_as_good_as_any() -> None:
     assert all(module.training for module in model.modules())
 
 
+def test_under_autocast_compact_tables_give_what_tables_give() -> None:
+    model, session = spectral()
+    batch = PLAIN.batch(seed=8).sparse_features
+    model.eval()
+    compact = session.compact(session.derive("30%"))
+    assert any(table.projection is not None for table in compact.collection.index)
+    plain = compact.collection(batch).values()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(compact.collection(batch).values(), plain)
+
+
 def test_gradient_checkpointing_changes_nothing() -> None:
     class Checkpointed(Task):
         def forward(self, batch: Any) -> Any:

@@ -80,6 +80,14 @@ def test_features_are_put_in_order_and_others_left_out() -> None:
     assert not has_long_bags(batch([[0, 1]]))
 
 
+def test_deduplicated_batches_are_refused() -> None:
+    features = batch([[1, 2], [0, 1]])
+    inverse = (features.keys(), torch.zeros(2, 5, dtype=torch.int64))
+    again = KeyedJaggedTensor(features.keys(), features.values(), lengths=features.lengths(), inverse_indices=inverse)
+    with pytest.raises(InputError, match="deduplicated"):
+        ordered(again, features.keys())
+
+
 @pytest.mark.parametrize("bad", [-1, 4, 2**40])
 def test_ids_without_a_row(bad: int) -> None:
     check_ids("t", "f", 4, torch.tensor([0, 3]))
