@@ -207,9 +207,9 @@ class Cells:
     def _twin(self, place: Place, config: SearchConfig) -> Path | None:
         """Return the finished cell of another budget that has this cell's plan, where its model would be this one's to the bit.
 
-        It is where the model is trained from scratch, after one search for all budgets.
+        It is where one search, or one dense model, serves all budgets.
         """
-        if config.searches_within_budget or not config.retrains:
+        if config.searches_within_budget:
             return None
         mine = (self._folder_of(place) / PLAN).read_bytes()
         others = (self._folder_of(replace(place, budget=budget)) for budget in self.recipe.search.budgets)

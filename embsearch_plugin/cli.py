@@ -1,6 +1,7 @@
 """The command line: ``embsearch run``, ``study``, ``apply``, ``report``, ``bench``, ``list``, ``doctor``."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +58,19 @@ def run(recipe: Path, overrides: tuple[str, ...], out: Path | None, resume: bool
         raise click.UsageError("--resume needs --out, the folder of the run to go on with.")
     content = read_content(recipe, overrides)
     folder, console = out or _new_folder(recipe.stem), Console()
-    console.print(f"run folder: {folder} (if stopped: the same command with --resume --out {folder})", highlight=False)
+    begins = f"run folder: {folder} (if stopped: the same command with --resume --out {folder})"
     if is_stream(content):
-        _run_stream(parse_stream_recipe(content, str(recipe)), folder, resume, console)
+        streamed = parse_stream_recipe(content, str(recipe))
+        _say(console, begins)
+        _run_stream(streamed, folder, resume, console)
         return
     loaded = parse_recipe(content, str(recipe))
+    _say(console, begins)
     with ProgressWatcher(console) as watcher:
         metrics = run_recipe(loaded, folder, resume=resume, watcher=watcher)
     console.print(headline(metrics), highlight=False, markup=False)
     console.print(results_table(metrics))
-    console.print(f"written to {folder}: report.html, metrics.json, and under cells/ every plan and model", highlight=False)
+    _say(console, f"written to {folder}: report.html, metrics.json, and under cells/ every plan and model")
 
 
 def _run_stream(recipe: Any, folder: Path, resume: bool, console: Any) -> None:
@@ -78,7 +82,12 @@ def _run_stream(recipe: Any, folder: Path, resume: bool, console: Any) -> None:
         metrics = run_stream(recipe, folder, resume=resume, progress=progress)
     console.print(headline(metrics), highlight=False, markup=False)
     console.print(terminal_table(metrics))
-    console.print(f"written to {folder}: report.html and metrics.json", highlight=False)
+    _say(console, f"written to {folder}: report.html and metrics.json")
+
+
+def _say(console: Any, text: str) -> None:
+    """Print a line as it is, however narrow the terminal: paths in it are to be copied."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _new_folder(name: str) -> Path:
@@ -115,9 +124,7 @@ def study(
     loaded, folder, console = load_recipe(recipe, overrides), out or Path("runs") / recipe.stem, Console()
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # results are shown here
 
-    def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
-
+    say = partial(_say, console)
     with ProgressWatcher(console) as watcher:
         found = Conductor(loaded, folder, watcher, say).run(trials)
     say(" ".join([*sentences(found), cost(found)]))
@@ -174,11 +181,13 @@ def report(folder: Path, markdown: bool) -> None:
 
 
 @main.command()
-@click.option("--rows", default=100_000, show_default=True, help="Rows of each of the 26 tables.")
-@click.option("--batch", default=4096, show_default=True, help="Examples per step.")
-@click.option("--repeats", default=12, show_default=True, help="Steps of each kind; the median counts.")
+@click.option("--rows", type=click.IntRange(min=1), default=100_000, show_default=True, help="Rows of each of the 26 tables.")
+@click.option("--batch", type=click.IntRange(min=1), default=4096, show_default=True, help="Examples per step.")
+@click.option(
+    "--repeats", type=click.IntRange(min=1), default=12, show_default=True, help="Steps of each kind; the median counts."
+)
 @click.option("--device", default="cpu", show_default=True, help="Where models and batches are: cpu, cuda or cuda:N.")
-@click.option("--threads", default=1, show_default=True, help="Threads of torch.")
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of torch.")
 @click.option("--sweep", default="10000,100000,1000000", show_default=True, help="Rows per table to compare.")
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Write all numbers to this file, too.")
 def bench(rows: int, batch: int, repeats: int, device: str, threads: int, sweep: str, file: Path | None) -> None:
@@ -197,10 +206,15 @@ def bench(rows: int, batch: int, repeats: int, device: str, threads: int, sweep:
         check_device(device)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--device") from error
+    try:
+        numbers = tuple(int(number) for number in sweep.split(",") if number)
+    except ValueError as error:
+        raise click.BadParameter(
+            f"must be whole numbers, with commas between them; got {sweep!r}", param_hint="--sweep"
+        ) from error
     torch.set_num_threads(threads)
     console = Console(width=None if sys.stdout.isatty() else 140)
     with console.status("") as status:
-        numbers = tuple(int(number) for number in sweep.split(",") if number)
         found = measure(Workload(rows=rows, batch=batch, device=device), repeats, numbers, status.update)
     show(found, console)
     if file:

@@ -153,7 +153,7 @@ def _searchable_function(build: T, options: Mapping[str, Any]) -> T:
             prepare(model, **options)
         return model
 
-    built.original = functools.partial(_original, build)  # type: ignore[attr-defined]
+    built.original = functools.update_wrapper(functools.partial(_original, build), build)  # type: ignore[attr-defined]
     return built  # type: ignore[return-value]
 
 

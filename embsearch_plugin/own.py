@@ -27,6 +27,15 @@ def imported(name: str) -> Callable[..., Any]:
     return getattr(found, "original", found)  # beneath es.searchable, where it is decorated
 
 
+def fits(function: Callable[..., Any], options: Mapping[str, Any]) -> str:
+    """Return why a function cannot be called with the options; nothing where it can. What it raises itself is its user's."""
+    try:
+        inspect.signature(function).bind(**options)
+    except TypeError as error:
+        return str(error)
+    return ""
+
+
 def accepted(function: Callable[..., Any], options: Mapping[str, Any], **offered: Any) -> dict[str, Any]:
     """Return the options, and of what is offered that which the function has a parameter for."""
     parameters = inspect.signature(function).parameters

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol, get_args
 
 import torch
+import yaml
 from torch import Tensor
 
 from embsearch_plugin.algorithms.base import SearchConfig
@@ -29,9 +30,10 @@ from embsearch_plugin.budget import Budget
 from embsearch_plugin.cells import CHECKPOINTS, DENSE, DENSE_MODEL, Cells, Place, Row
 from embsearch_plugin.collection import Table
 from embsearch_plugin.data.dataset import Dataset, Split
-from embsearch_plugin.errors import BudgetError, DataError, NonFiniteLoss, RunFolderError
+from embsearch_plugin.errors import BudgetError, DataError, NonFiniteLoss, RecipeError, RunFolderError
 from embsearch_plugin.files import write_json, write_text
 from embsearch_plugin.machine import begin_to_use, clock_name, machine, versions
+from embsearch_plugin.plain import structured
 from embsearch_plugin.plan import SizePlan
 from embsearch_plugin.plugins import find_collections, manager
 from embsearch_plugin.randomness import private_random
@@ -264,11 +266,19 @@ def check_folder(recipe: object, folder: Path, resume: bool) -> None:
             f"the run folder {folder} exists already and is not empty; nothing in it was touched.\n  Possible solutions: "
             "1) --resume, to go on with a run that was stopped  2) another --out  3) remove the folder."
         )
-    if resume and (difference := differing(written.read_text(encoding="utf-8"), to_yaml(recipe))):
+    if resume and (difference := differing(_with_defaults(written.read_text(encoding="utf-8"), recipe), to_yaml(recipe))):
         raise RunFolderError(
             f"{folder} holds a run of another recipe or other overrides, so it cannot be resumed with this one; there "
             f"and here: {difference}.\n  Possible solution: give the same recipe and overrides, or another --out."
         )
+
+
+def _with_defaults(written: str, recipe: object) -> str:
+    """Return a recipe as it was written, with the defaults of what recipes could not say yet when it was."""
+    try:
+        return to_yaml(structured(yaml.safe_load(written), type(recipe), RECIPE))
+    except (RecipeError, yaml.YAMLError):
+        return written
 
 
 def differing(there: str, here: str) -> str:

@@ -116,6 +116,11 @@ def test_a_plan_that_serves_two_budgets_is_retrained_once(tmp_path: Path) -> Non
     metrics = run(small({**search, "space": es.SearchSpace(align=1)}), tmp_path, watcher=Listening())
     large, same, less = by_place(metrics, method="autodim")
     assert [name for name in stages if "retrain" in name] == ["autodim 90% retrain", "autodim 30% retrain"]
+    stages.clear()
+    search = {"algorithm": es.Spectral(rivals=()), "baselines": (), "budgets": ("90%", "80%"), "strict": False}
+    one, other = by_place(run(small(search), tmp_path / "own rule", watcher=Listening()), method="spectral")
+    assert [name for name in stages if "fine-tune" in name] == ["spectral 90% fine-tune"]
+    assert other == one | {"budget": "80%", "folder": other["folder"]}
     assert same == large | {"budget": "80%", "folder": same["folder"]}
     assert less["bytes"] < same["bytes"]
     loaded = es.load(tmp_path / same["folder"], small().model.build(DATA.load().schema))
@@ -432,6 +437,17 @@ def test_a_folder_that_exists_is_not_touched(tmp_path: Path) -> None:
         with pytest.raises(es.EmbsearchError, match="holds no run to go on with"):
             run(small(), folder, resume=True)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_run_of_before_a_field_was_there_goes_on_with_its_default(tmp_path: Path) -> None:
+    recipe = small({"baselines": ()}, {"epochs": 1})
+    before = run(recipe, tmp_path)
+    written = (tmp_path / "recipe.yaml").read_text()
+    (tmp_path / "recipe.yaml").write_text(written.replace("  strict: true\n", ""))
+    assert run(recipe, tmp_path, resume=True) == before
+    (tmp_path / "recipe.yaml").write_text(written.replace("  strict: true\n", "  strict: false\n"))
+    with pytest.raises(es.EmbsearchError, match="another recipe"):
+        run(recipe, tmp_path, resume=True)
 
 
 def test_a_run_goes_on_with_its_own_recipe_and_data_only_and_alone(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.algorithms.parts.fixed import Dims, FixedAllocation, WholeTableConfig
-from embsearch_plugin.budget import Budget, human_bytes
+from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import Table
 from embsearch_plugin.errors import BudgetError, SettingsError, SpaceError
 from embsearch_plugin.hookspecs import hookimpl
@@ -120,7 +120,7 @@ def fitting_dims(specs: Sequence[Table], budget: Budget, dims: Iterable[int]) ->
 def does_not_fit(specs: Sequence[Table], budget: Budget, dim: int, otherwise: str) -> str:
     """Say that ``dim`` is over the budget, and what to try."""
     cost = _cost(specs, dim, budget.unit)
-    needed = human_bytes(cost) if budget.unit == "bytes" else f"{cost:,} parameters"
+    needed = f"{cost:,} {budget.unit}"
     return (
         f"no uniform dim fits {budget}: dim {dim} needs {needed}.\n  Possible solutions: 1) raise the budget to {needed}  "
         f"2) {otherwise}."

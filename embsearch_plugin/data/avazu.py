@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from embsearch_plugin.data.csv_file import Chunk, read_chunks
-from embsearch_plugin.data.dataset import Field, Schema, Split, SplitBy, TabularDataset, random_split, time_split
+from embsearch_plugin.data.dataset import Field, Schema, Split, SplitBy, TabularDataset, check_split, random_split, time_split
 from embsearch_plugin.data.vocabulary import encode_frequent
 
 SOURCE = "the train file of Avazu's Click-Through Rate Prediction from Kaggle, and give it as 'path', plain or gzip"
@@ -43,7 +43,7 @@ class Avazu:
     Args:
         path: the train file.
         split: fractions for training, validation and test.
-        split_by: at random, or by time, to the hour.
+        split_by: at random, or by time. The log's times are hours; that at a boundary is cut apart.
         seed: of a random split, and of the balance.
         min_count: values that occur less often share an id.
         balanced: as many examples that were not clicked as were.
@@ -57,6 +57,9 @@ class Avazu:
     seed: int = 0
     min_count: int = 30
     balanced: bool = False
+
+    def __post_init__(self) -> None:
+        check_split(self.split, self.seed, self.split_by)
 
     def load(self) -> TabularDataset:
         """Read the file; a value takes 4 bytes, and as much again while it is encoded.

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torchrec.datasets.utils import Batch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embsearch_plugin.data.bags import Bags
-from embsearch_plugin.errors import DataError
+from embsearch_plugin.errors import DataError, SettingsError
 from embsearch_plugin.tasks import CLICK, Task
 
 Split = Literal["train", "validation", "test"]
@@ -197,6 +197,16 @@ class TabularBatches(Batches):
         for rows in positions.split(self._batch_size):
             dense, ids, labels = (x.index_select(0, rows) for x in (data.dense, data.ids, data.labels))
             yield self._collate(dense, ids, labels)
+
+
+def check_split(split: tuple[float, float, float], seed: int, split_by: str = "random") -> None:
+    """Raise a SettingsError where a data set cannot be split so, whatever is in it."""
+    if len(split) != 3:
+        raise SettingsError(f"split must be three fractions, for training, validation and test; got {split}")
+    if seed < 0:
+        raise SettingsError(f"seed must be 0 or more; got {seed}")
+    if split_by not in get_args(SplitBy):
+        raise SettingsError(f"split_by must be one of {', '.join(get_args(SplitBy))}; got {split_by!r}")
 
 
 def random_split(n: int, fractions: tuple[float, float, float], seed: int) -> dict[Split, Tensor]:

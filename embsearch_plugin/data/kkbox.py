@@ -17,7 +17,7 @@ import torch
 
 from embsearch_plugin.data.bags import Bags
 from embsearch_plugin.data.csv_file import read_chunks
-from embsearch_plugin.data.dataset import Field, Schema, TabularDataset, random_split
+from embsearch_plugin.data.dataset import Field, Schema, TabularDataset, check_split, random_split
 from embsearch_plugin.data.vocabulary import Numbering, by_count, encode, encode_parts
 from embsearch_plugin.errors import DataError
 
@@ -51,6 +51,9 @@ class KkBox:
     path: str
     split: tuple[float, float, float] = (0.72, 0.08, 0.2)
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_split(self.split, self.seed)
 
     def load(self) -> TabularDataset:
         """Read the files. A song's composers are kept once, however often it is listened to: 32 bytes per record in all.

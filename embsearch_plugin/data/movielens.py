@@ -26,6 +26,7 @@ from embsearch_plugin.data.dataset import (
     Split,
     SplitBy,
     TabularDataset,
+    check_split,
     malformed,
     random_split,
     require_file,
@@ -89,6 +90,7 @@ class MovieLens1M:
     task: Literal["click", "rating", "top-k"] = "click"
 
     def __post_init__(self) -> None:
+        check_split(self.split, self.seed, self.split_by)
         if self.task not in TASKS:
             raise SettingsError(f"unknown task {self.task!r}.{did_you_mean(self.task, TASKS)}")
         if self.task == "top-k" and self.split_by != "random":

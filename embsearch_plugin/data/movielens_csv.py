@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from embsearch_plugin.data.csv_file import Chunk, read_chunks
-from embsearch_plugin.data.dataset import Field, Schema, Split, SplitBy, TabularDataset, random_split, time_split
+from embsearch_plugin.data.dataset import Field, Schema, Split, SplitBy, TabularDataset, check_split, random_split, time_split
 from embsearch_plugin.data.interactions import Ratings, rating_dataset
 from embsearch_plugin.data.movielens import standardise
 from embsearch_plugin.data.vocabulary import encode_frequent, encode_parts
@@ -65,6 +65,7 @@ class MovieLensCsv:
     task: Literal["click", "rating"] = "click"
 
     def __post_init__(self) -> None:
+        check_split(self.split, self.seed, self.split_by)
         if self.task not in ("click", "rating"):
             raise SettingsError(f"task must be 'click' or 'rating' for movielens-csv; got {self.task!r}")
 

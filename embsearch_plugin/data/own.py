@@ -10,7 +10,7 @@ from torchrec.datasets.utils import Batch
 
 from embsearch_plugin.data.dataset import Batches, Dataset, Schema, Split
 from embsearch_plugin.errors import DataError, SettingsError
-from embsearch_plugin.own import accepted, imported
+from embsearch_plugin.own import accepted, fits, imported
 from embsearch_plugin.tasks import TASKS
 
 
@@ -43,10 +43,9 @@ class OwnData:
             DataError: where it does not take the options, or does not return the three loaders.
         """
         function = imported(self.name)
-        try:
-            found = function(**accepted(function, self.options))
-        except TypeError as error:
-            raise DataError(f"the loaders {self.name!r} cannot be made with {dict(self.options)}: {error}") from error
+        if problem := fits(function, options := accepted(function, self.options)):
+            raise DataError(f"the loaders {self.name!r} cannot be made with {dict(self.options)}: {problem}")
+        found = function(**options)
         if isinstance(found, Dataset):
             return found
         if not isinstance(found, Mapping) or set(found) != set(get_args(Split)):

@@ -21,6 +21,7 @@ nested: direction k is shared by all fields whose rank is above k. This makes th
 it, the ranks must differ, need about as many bytes as the budget, and be learnable (see ``recipes/planted_dlrm_dnis.yaml``).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -36,7 +37,7 @@ from embsearch_plugin.algorithms.parts.pruning import best_pairs
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import Table
 from embsearch_plugin.data.dataset import Field, Schema, Split, TabularDataset, random_split
-from embsearch_plugin.errors import DataError
+from embsearch_plugin.errors import DataError, SettingsError
 from embsearch_plugin.plan import SizePlan
 from embsearch_plugin.search.tables import SearchTable
 from embsearch_plugin.space import SearchSpace, cut_tables
@@ -130,6 +131,16 @@ class Planted:
     zipf: float = 1.05
     signal: float = 2.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        counts = (self.examples, self.fields, *self.rows, len(self.rows), len(self.ranks))
+        if min(counts) < 1 or min(self.n_dense, *self.ranks, self.seed) < 0:
+            raise SettingsError(
+                "examples, fields and rows must be at least 1, n_dense, ranks and seed at least 0, rows and ranks hold one; "
+                f"got {self.examples}, {self.fields}, {self.rows}, {self.n_dense}, {self.ranks} and {self.seed}"
+            )
+        if not (math.isfinite(self.signal) and math.isfinite(self.zipf) and min(self.signal, self.zipf) >= 0):
+            raise SettingsError(f"signal and zipf must be numbers, at least 0; got {self.signal} and {self.zipf}")
 
     def load(self) -> PlantedDataset:
         """Generate the data set; 200,000 examples take about a second.

@@ -8,7 +8,7 @@ from torch import nn
 
 from embsearch_plugin.data.dataset import Schema
 from embsearch_plugin.errors import ModelError
-from embsearch_plugin.own import accepted, imported
+from embsearch_plugin.own import accepted, fits, imported
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,14 @@ class OwnModel:
         """Build the model.
 
         Raises:
-            ModelError: where the function does not take the options, by a TypeError or a ValueError, or returns no module.
+            ModelError: where the function does not take the options, by its parameters or a ValueError, or returns no module.
         """
         function = imported(self.name)
+        if problem := fits(function, options := accepted(function, self.options, schema=schema)):
+            raise ModelError(f"the model {self.name!r} cannot be built with {dict(self.options)}: {problem}")
         try:
-            model = function(**accepted(function, self.options, schema=schema))
-        except (TypeError, ValueError) as error:
+            model = function(**options)
+        except ValueError as error:
             raise ModelError(f"the model {self.name!r} cannot be built with {dict(self.options)}: {error}") from error
         if not isinstance(model, nn.Module):
             raise ModelError(f"{self.name!r} must return an nn.Module; got {type(model).__name__}.")

@@ -42,11 +42,9 @@ def _sentence(metrics: Metrics, budget: Budget, found: list[Result]) -> str:
     if not same_seeds(tested):
         reached = _listed([f"{r.title} {r.test(metric)} (seeds {', '.join(map(str, r.seeds))})" for r in tested])
         return f"At {budget.text}, nobody wins, since not all have the same seeds: test {metric.name} of {reached}{missing}."
-    over = "".join(
-        f" But {result.method} is {human_bytes(result.excess)} over the budget." for result in tested if result.excess > 0
-    )
+    over = [f"{result.method} is {human_bytes(result.excess)} over" for result in tested if result.excess > 0]
     own = next((result.title for result in tested if result.method == metrics.algorithm), "")
-    return f"At {budget.text}, {_verdict(tested, metric, own)}{missing}.{over}"
+    return f"At {budget.text}, {_verdict(tested, metric, own)}{missing}.{f' But {_listed(over)} the budget.' if over else ''}"
 
 
 def _nothing(found: list[Result]) -> str:

@@ -108,6 +108,8 @@ def check(recipe: Recipe) -> None:
             f"there must be one budget, or {BUDGETS} among the fields that vary; got {list(recipe.search.budgets)} "
             "@ recipe.search.budgets"
         )
+    if not recipe.search.strict:
+        problems.append("strict must be true in a study, whose trials are compared within budgets @ recipe.search.strict")
     _raise_any(problems)  # what follows needs the algorithms, which may be among them
     possible = {config.name for config in possible_algorithms(recipe)}
     tried = ", ".join(sorted(possible))

@@ -117,6 +117,8 @@ def test_a_method_that_was_not_tested_is_not_called_infeasible(metrics: Data) ->
 def test_a_plan_over_its_budget_is_said_so(metrics: Data) -> None:
     cells_of(metrics, "uniform", "10%")[1]["bytes"] = metrics["budgets"][2]["bytes"] + 2048
     assert at(metrics, "10%").endswith("dnis (0.8076 ± 0.0005). But uniform is 2.0 KiB over the budget.")
+    cells_of(metrics, "dnis", "10%")[0]["bytes"] = metrics["budgets"][2]["bytes"] + 1024
+    assert at(metrics, "10%").endswith(" But dnis is 1.0 KiB over and uniform is 2.0 KiB over the budget.")
     metrics["budgets"][2]["bytes"] = None
     assert "over the budget" not in headline(metrics)
 

@@ -210,6 +210,11 @@ def test_an_unknown_algorithm_is_listed_with_all_else_that_is_refused() -> None:
     assert "@ recipe.study.fields.search.algorithm" in str(error.value)
 
 
+def test_trials_keep_their_budgets() -> None:
+    with pytest.raises(RecipeError, match="strict must be true in a study"):
+        check(recipe({"fields": {"train.lr": [0.1, 0.2]}}, search={"algorithm": "dnis", "strict": False}))
+
+
 def test_one_budget_is_needed_where_it_does_not_vary() -> None:
     search = {"algorithm": "dnis", "budgets": ["5%", "10%"]}
     with pytest.raises(RecipeError, match="there must be one budget, or search.budgets among the fields"):
