@@ -8,6 +8,7 @@ from torch import Tensor
 
 from embsearch_plugin import distributed
 from embsearch_plugin.errors import SessionError
+from embsearch_plugin.search.loaders import unshared
 from embsearch_plugin.search.tables import SearchedTables
 from embsearch_plugin.space import SearchSpace, cut_tables
 
@@ -98,7 +99,7 @@ class Ranking:
         self._start_counting()
         for supernet in self._tables.supernets:
             supernet.counts_always = True
-        for batch in batches:
+        for batch in unshared(batches):
             self._run(batch)
         counts = self._counted()
         for supernet in self._tables.supernets:
