@@ -8,7 +8,8 @@ from torch import Tensor
 
 from embsearch_plugin import distributed
 from embsearch_plugin.errors import SessionError
-from embsearch_plugin.search.loaders import unshared
+from embsearch_plugin.randomness import private_random
+from embsearch_plugin.search.loaders import generators_of, unshared
 from embsearch_plugin.search.tables import SearchedTables
 from embsearch_plugin.space import SearchSpace, cut_tables
 
@@ -27,12 +28,13 @@ class Ranking:
         space: how to cut.
         given: counts per table name, or batches to count; ``None`` to count while training.
         run: runs a batch through the model, for a pass over a loader.
+        seed: of the numbers that such a pass draws.
     """
 
     def __init__(
-        self, tables: SearchedTables, space: SearchSpace, given: Frequencies | None, run: Callable[[Any], None]
+        self, tables: SearchedTables, space: SearchSpace, given: Frequencies | None, run: Callable[[Any], None], seed: int
     ) -> None:
-        self._tables, self._space, self._given, self._run = tables, space, given, run
+        self._tables, self._space, self._given, self._run, self._seed = tables, space, given, run, seed
         self._next = 0
         if given is None:
             self._start_counting()
@@ -99,8 +101,9 @@ class Ranking:
         self._start_counting()
         for supernet in self._tables.supernets:
             supernet.counts_always = True
-        for batch in unshared(batches):
-            self._run(batch)
+        with private_random(self._seed, generators_of(batches)):
+            for batch in unshared(batches):
+                self._run(batch)
         counts = self._counted()
         for supernet in self._tables.supernets:
             supernet.counts, supernet.counts_always = None, False

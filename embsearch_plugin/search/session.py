@@ -80,7 +80,7 @@ class Session:
             search_steps=lambda: self.search_steps,
             train_batch=self._next_train_batch,
         )
-        self._ranking = Ranking(self._tables, self.space, frequencies, self._probe.look_up)
+        self._ranking = Ranking(self._tables, self.space, frequencies, self._probe.look_up, seed)
         model.__dict__[ATTRIBUTE] = self
         self._pre_hooks = [model.register_forward_pre_hook(_before_forward, with_kwargs=True)]
         for supernet in self._searched.supernets:

@@ -171,3 +171,14 @@ def test_a_loops_own_pass_over_a_loader_with_persistent_workers_goes_on(given_as
     session.attach(optimizer, **loaders)
     assert len(train(model, optimizer, (batch.to(DEVICE) for batch in islice(loader, 20)))) == 6
     assert session.search_steps == 5
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("generator", [None, torch.Generator()])
+def test_counting_a_loader_changes_no_random_state(shuffle: bool, generator: torch.Generator | None) -> None:
+    batches = [PLAIN.batch(seed=i) for i in range(3)]
+    loader = DataLoader(batches, batch_size=None, shuffle=shuffle, generator=generator)
+    session = es.prepare(task(PLAIN), algorithm=es.Dnis(warm_up=0), frequencies=loader)
+    before = random_states(), generator and generator.get_state().tolist()
+    session.step(PLAIN.batch(seed=9))
+    assert (random_states(), generator and generator.get_state().tolist()) == before
