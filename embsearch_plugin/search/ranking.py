@@ -72,7 +72,7 @@ class Ranking:
     def _counted(self) -> list[Tensor]:
         counts = [count for supernet in self._tables.supernets for count in supernet.counts or []]
         alone = distributed.world_size() == 1
-        totals = [count.cpu() if alone else distributed.total(count.long()).cpu() for count in counts]
+        totals = [count.cpu() if alone else distributed.total(count).cpu() for count in counts]
         if not any(bool(count.any()) for count in totals):
             raise SessionError(
                 "rows cannot be ranked: no id was counted yet.\n  Possible solutions: 1) take some training steps before "
@@ -111,7 +111,7 @@ class Ranking:
 
     def _start_counting(self) -> None:
         for supernet in self._tables.supernets:
-            supernet.counts = [torch.zeros(table.rows, dtype=torch.int32, device="cpu") for table in supernet.tables]
+            supernet.counts = [torch.zeros(table.rows, dtype=torch.int64, device="cpu") for table in supernet.tables]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts and when to rank next."""
@@ -122,4 +122,4 @@ class Ranking:
         """Go on from ``state``."""
         self._next = state["next"]
         for supernet, counts in zip(self._tables.supernets, state["counts"], strict=True):
-            supernet.counts = None if counts is None else [count.clone() for count in counts]
+            supernet.counts = None if counts is None else [count.to(torch.int64, copy=True) for count in counts]

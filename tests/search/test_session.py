@@ -230,6 +230,19 @@ def test_ranks_are_refreshed_when_the_steps_have_doubled() -> None:
     assert changed == [4, 8]
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_counts_do_not_end_at_two_to_the_31(resumed: bool) -> None:
+    model, session, optimizer = searched(PLAIN, steps=1)
+    most = torch.iinfo(torch.int32).max
+    counts = [count.fill_(most) for count in model.collection.counts]
+    if resumed:  # from a state of 32-bit counts
+        state = session.state_dict()
+        state["ranking"]["counts"] = [[count.int() for count in counts]]
+        session.load_state_dict(state)
+    train(model, optimizer, [PLAIN.batch(32)])
+    assert all(count.min() == most and count.sum() == most * len(count) + 32 for count in session.frequencies)
+
+
 def test_a_step_by_hand_needs_counts() -> None:
     session = es.prepare(task(PLAIN))
     with pytest.raises(SessionError, match="no id was counted yet"):
