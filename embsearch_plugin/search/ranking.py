@@ -1,12 +1,13 @@
 """Which rows are frequent: counting ids, and when to rank the rows by the counts."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from embsearch_plugin import distributed
+from embsearch_plugin.collection import Table
 from embsearch_plugin.errors import SessionError
 from embsearch_plugin.randomness import private_random
 from embsearch_plugin.search.loaders import generators_of, unshared
@@ -38,12 +39,6 @@ class Ranking:
         self._next = 0
         if given is None:
             self._start_counting()
-        elif isinstance(given, Mapping):
-            self._checked(given)
-        elif not isinstance(given, Iterable):
-            raise SessionError(
-                f"frequencies must be counts by table name, or batches to count; got {given!r}. Try the train loader."
-            )
 
     def rank(self, step: int) -> None:
         """Rank and cut for the first time, or again when it is time."""
@@ -66,7 +61,7 @@ class Ranking:
             counted = self._pass_over(self._given)
             self._given = {str(spec): count for spec, count in zip(self._tables.specs, counted, strict=True)}
         if isinstance(self._given, Mapping):
-            return self._checked(self._given)
+            return _checked(self._given, self._tables.specs)
         return self._counted()
 
     def _counted(self) -> list[Tensor]:
@@ -79,23 +74,6 @@ class Ranking:
                 "a search step  2) give frequencies= to prepare."
             )
         return totals
-
-    def _checked(self, given: Mapping[str, Tensor]) -> list[Tensor]:
-        counts = []
-        for spec in self._tables.specs:
-            count = given.get(str(spec), given.get(spec.name))
-            if not isinstance(count, Tensor) or count.shape != (spec.rows,):
-                got = f"shape {tuple(count.shape)}" if isinstance(count, Tensor) else f"a {type(count).__name__}"
-                raise SessionError(
-                    f"frequencies must hold a tensor of counts, of shape ({spec.rows},), for table {spec.name!r}; got {got}.\n"
-                    "  Possible solution: frequencies=train_loader, which is counted."
-                )
-            if not bool((count >= 0).all()):  # NaN is not, either
-                raise SessionError(
-                    f"frequencies must be at least 0; some of table {spec.name!r} are not. Try torch.bincount(ids)."
-                )
-            counts.append(count.cpu())
-        return counts
 
     def _pass_over(self, batches: Iterable[Any]) -> list[Tensor]:
         self._start_counting()
@@ -123,3 +101,36 @@ class Ranking:
         self._next = state["next"]
         for supernet, counts in zip(self._tables.supernets, state["counts"], strict=True):
             supernet.counts = None if counts is None else [count.to(torch.int64, copy=True) for count in counts]
+
+
+def check_frequencies(given: Frequencies | None, tables: Sequence[Table]) -> None:
+    """Make sure that rows can be ranked by what is given.
+
+    Raises:
+        SessionError: where it is neither counts nor batches, and where counts are missing, of another shape or below zero.
+    """
+    if isinstance(given, Mapping):
+        _checked(given, tables)
+    elif given is not None and not isinstance(given, Iterable):
+        raise SessionError(
+            f"frequencies must be counts by table name, or batches to count; got {given!r}. Try the train loader."
+        )
+
+
+def _checked(given: Mapping[str, Tensor], tables: Sequence[Table]) -> list[Tensor]:
+    """Return the counts of each table, (V,); an error where they are missing, of another shape or below zero."""
+    counts = []
+    for table in tables:
+        count = given.get(str(table), given.get(table.name))
+        if not isinstance(count, Tensor) or count.shape != (table.rows,):
+            got = f"shape {tuple(count.shape)}" if isinstance(count, Tensor) else f"a {type(count).__name__}"
+            raise SessionError(
+                f"frequencies must hold a tensor of counts, of shape ({table.rows},), for table {table.name!r}; got {got}.\n"
+                "  Possible solution: frequencies=train_loader, which is counted."
+            )
+        if not bool((count >= 0).all()):  # NaN is not, either
+            raise SessionError(
+                f"frequencies must be at least 0; some of table {table.name!r} are not. Try torch.bincount(ids)."
+            )
+        counts.append(count.cpu())
+    return counts

@@ -25,7 +25,7 @@ from embsearch_plugin.plugins import manager
 from embsearch_plugin.randomness import private_random
 from embsearch_plugin.search.objective import Objective, move, train_task
 from embsearch_plugin.search.probe import Probe
-from embsearch_plugin.search.ranking import Frequencies, Ranking
+from embsearch_plugin.search.ranking import Frequencies, Ranking, check_frequencies
 from embsearch_plugin.search.tables import SearchedTables, SearchTable
 from embsearch_plugin.search.validation import ValidationStream
 from embsearch_plugin.space import RowBlocks, SearchSpace
@@ -70,7 +70,7 @@ class Session:
         self._searched: SearchedTables | None
         form = partial(algorithm.form, space=self.space)
         with private_random(seed):  # of which forms draw their parameters
-            check = partial(algorithm.check, space=self.space)
+            check = partial(self._check, frequencies)
             self._searched = SearchedTables(model, self.space, fused, form, check=check, folds_gates=algorithm.folds_gates)
         self._probe: Probe | None = Probe(
             model,
@@ -96,6 +96,11 @@ class Session:
         self._train_batch: Any = None
         self._started = False  # whether the algorithm was told that the search starts
         self._last_plan: SizePlan | None = None
+
+    def _check(self, frequencies: Frequencies | None, tables: Sequence[Table]) -> None:
+        """Make sure that these tables can be searched as asked: a later error would leave the model changed."""
+        self.config.check(tables, self.space)
+        check_frequencies(frequencies, tables)
 
     # What algorithms and observers read and write.
 

@@ -220,6 +220,16 @@ def test_wrong_frequencies_are_named() -> None:
             es.prepare(task(PLAIN), frequencies=wrong)
 
 
+@pytest.mark.parametrize("wrong", [5, {"t0": torch.ones(200)}])
+def test_a_model_may_be_prepared_after_wrong_frequencies(wrong: Any) -> None:
+    model = task(PLAIN)
+    modules = list(model.modules())
+    with pytest.raises(SessionError, match="frequencies must"):
+        es.prepare(model, frequencies=wrong)
+    assert list(model.modules()) == modules
+    es.prepare(model, frequencies={"t0": torch.ones(200), "t1": torch.ones(300)})
+
+
 def test_ranks_are_refreshed_when_the_steps_have_doubled() -> None:
     model, session, optimizer = searched(PLAIN, steps=0, algorithm=es.Dnis(warm_up=2))
     orders = []
