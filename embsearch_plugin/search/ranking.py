@@ -96,6 +96,18 @@ class Ranking:
         counts = [supernet.counts for supernet in self._tables.supernets]
         return {"next": self._next, "counts": counts}
 
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Make sure that rows can be ranked on from ``state``.
+
+        Raises:
+            SessionError: where it holds no counts, since they were given, and none are given here.
+        """
+        if self._given is None and None in state["counts"]:
+            raise SessionError(
+                "this state is of a search whose frequencies were given, and it does not hold them; here none are given.\n"
+                "  Possible solution: prepare(..., frequencies=...) as when the state was saved."
+            )
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state``."""
         self._next = state["next"]

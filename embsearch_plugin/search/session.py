@@ -463,10 +463,11 @@ class Session:
             "gates": None if blocks is None else self.gates,
             "kept": self._tables.kept,
             "validation": None if self._validation is None else self._validation.state_dict(),
+            "training": None if self._training is None else self._training.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state``; call after ``attach``, so that the validation loader takes up its place.
+        """Go on from ``state``; call after ``attach``, so that the loaders take up their places.
 
         Raises:
             SessionError: where the state is of a search on another model, by another algorithm, or with other settings; nothing
@@ -479,6 +480,7 @@ class Session:
                 f"this state is of another search: there {', '.join(theirs[:3])}; here {', '.join(ours[:3])}.\n"
                 "  Possible solution: prepare the model as it was prepared when the state was saved."
             )
+        self._ranking.check_state(state["ranking"])
         self._tables.load_kernel_states(state["kernels"])
         self.step_count, self.search_steps = state["step_count"], state["search_steps"]
         self._ranking.load_state_dict(state["ranking"])
@@ -488,8 +490,10 @@ class Session:
         self.keep_weights(state.get("kept", []))
         self._started = state["blocks"] is not None
         self.algorithm.load_state_dict(move(state["algorithm"], self._tables.device))
-        if self._validation is not None and state["validation"] is not None:
-            self._validation.load_state_dict(state["validation"])
+        for name, stream in (("validation", self._validation), ("training", self._training)):
+            place = state.get(name)
+            if stream is not None and place is not None:
+                stream.load_state_dict(place)
 
     def _fingerprint(self) -> list[str]:
         """Say what is searched, how and where: a state fits only the same."""
