@@ -1,13 +1,16 @@
 """Which rows are frequent: counting ids, and when to rank the rows by the counts."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from embsearch_plugin import distributed
+from embsearch_plugin.collection import Table
 from embsearch_plugin.errors import SessionError
+from embsearch_plugin.randomness import private_random
+from embsearch_plugin.search.loaders import generators_of, unshared
 from embsearch_plugin.search.tables import SearchedTables
 from embsearch_plugin.space import SearchSpace, cut_tables
 
@@ -26,21 +29,16 @@ class Ranking:
         space: how to cut.
         given: counts per table name, or batches to count; ``None`` to count while training.
         run: runs a batch through the model, for a pass over a loader.
+        seed: of the numbers that such a pass draws.
     """
 
     def __init__(
-        self, tables: SearchedTables, space: SearchSpace, given: Frequencies | None, run: Callable[[Any], None]
+        self, tables: SearchedTables, space: SearchSpace, given: Frequencies | None, run: Callable[[Any], None], seed: int
     ) -> None:
-        self._tables, self._space, self._given, self._run = tables, space, given, run
+        self._tables, self._space, self._given, self._run, self._seed = tables, space, given, run, seed
         self._next = 0
         if given is None:
             self._start_counting()
-        elif isinstance(given, Mapping):
-            self._checked(given)
-        elif not isinstance(given, Iterable):
-            raise SessionError(
-                f"frequencies must be counts by table name, or batches to count; got {given!r}. Try the train loader."
-            )
 
     def rank(self, step: int) -> None:
         """Rank and cut for the first time, or again when it is time."""
@@ -63,13 +61,13 @@ class Ranking:
             counted = self._pass_over(self._given)
             self._given = {str(spec): count for spec, count in zip(self._tables.specs, counted, strict=True)}
         if isinstance(self._given, Mapping):
-            return self._checked(self._given)
+            return _checked(self._given, self._tables.specs)
         return self._counted()
 
     def _counted(self) -> list[Tensor]:
         counts = [count for supernet in self._tables.supernets for count in supernet.counts or []]
         alone = distributed.world_size() == 1
-        totals = [count.cpu() if alone else distributed.total(count.long()).cpu() for count in counts]
+        totals = [count.cpu() if alone else distributed.total(count).cpu() for count in counts]
         if not any(bool(count.any()) for count in totals):
             raise SessionError(
                 "rows cannot be ranked: no id was counted yet.\n  Possible solutions: 1) take some training steps before "
@@ -77,29 +75,13 @@ class Ranking:
             )
         return totals
 
-    def _checked(self, given: Mapping[str, Tensor]) -> list[Tensor]:
-        counts = []
-        for spec in self._tables.specs:
-            count = given.get(str(spec), given.get(spec.name))
-            if not isinstance(count, Tensor) or count.shape != (spec.rows,):
-                got = f"shape {tuple(count.shape)}" if isinstance(count, Tensor) else f"a {type(count).__name__}"
-                raise SessionError(
-                    f"frequencies must hold a tensor of counts, of shape ({spec.rows},), for table {spec.name!r}; got {got}.\n"
-                    "  Possible solution: frequencies=train_loader, which is counted."
-                )
-            if not bool((count >= 0).all()):  # NaN is not, either
-                raise SessionError(
-                    f"frequencies must be at least 0; some of table {spec.name!r} are not. Try torch.bincount(ids)."
-                )
-            counts.append(count.cpu())
-        return counts
-
     def _pass_over(self, batches: Iterable[Any]) -> list[Tensor]:
         self._start_counting()
         for supernet in self._tables.supernets:
             supernet.counts_always = True
-        for batch in batches:
-            self._run(batch)
+        with private_random(self._seed, generators_of(batches)):
+            for batch in unshared(batches):
+                self._run(batch)
         counts = self._counted()
         for supernet in self._tables.supernets:
             supernet.counts, supernet.counts_always = None, False
@@ -107,15 +89,60 @@ class Ranking:
 
     def _start_counting(self) -> None:
         for supernet in self._tables.supernets:
-            supernet.counts = [torch.zeros(table.rows, dtype=torch.int32, device="cpu") for table in supernet.tables]
+            supernet.counts = [torch.zeros(table.rows, dtype=torch.int64, device="cpu") for table in supernet.tables]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts and when to rank next."""
         counts = [supernet.counts for supernet in self._tables.supernets]
         return {"next": self._next, "counts": counts}
 
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Make sure that rows can be ranked on from ``state``.
+
+        Raises:
+            SessionError: where it holds no counts, since they were given, and none are given here.
+        """
+        if self._given is None and None in state["counts"]:
+            raise SessionError(
+                "this state is of a search whose frequencies were given, and it does not hold them; here none are given.\n"
+                "  Possible solution: prepare(..., frequencies=...) as when the state was saved."
+            )
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state``."""
         self._next = state["next"]
         for supernet, counts in zip(self._tables.supernets, state["counts"], strict=True):
-            supernet.counts = None if counts is None else [count.clone() for count in counts]
+            supernet.counts = None if counts is None else [count.to(torch.int64, copy=True) for count in counts]
+
+
+def check_frequencies(given: Frequencies | None, tables: Sequence[Table]) -> None:
+    """Make sure that rows can be ranked by what is given.
+
+    Raises:
+        SessionError: where it is neither counts nor batches, and where counts are missing, of another shape or below zero.
+    """
+    if isinstance(given, Mapping):
+        _checked(given, tables)
+    elif given is not None and not isinstance(given, Iterable):
+        raise SessionError(
+            f"frequencies must be counts by table name, or batches to count; got {given!r}. Try the train loader."
+        )
+
+
+def _checked(given: Mapping[str, Tensor], tables: Sequence[Table]) -> list[Tensor]:
+    """Return the counts of each table, (V,); an error where they are missing, of another shape or below zero."""
+    counts = []
+    for table in tables:
+        count = given.get(str(table), given.get(table.name))
+        if not isinstance(count, Tensor) or count.shape != (table.rows,):
+            got = f"shape {tuple(count.shape)}" if isinstance(count, Tensor) else f"a {type(count).__name__}"
+            raise SessionError(
+                f"frequencies must hold a tensor of counts, of shape ({table.rows},), for table {table.name!r}; got {got}.\n"
+                "  Possible solution: frequencies=train_loader, which is counted."
+            )
+        if not bool((count >= 0).all()):  # NaN is not, either
+            raise SessionError(
+                f"frequencies must be at least 0; some of table {table.name!r} are not. Try torch.bincount(ids)."
+            )
+        counts.append(count.cpu())
+    return counts

@@ -25,7 +25,7 @@ from embsearch_plugin.plugins import manager
 from embsearch_plugin.randomness import private_random
 from embsearch_plugin.search.objective import Objective, move, train_task
 from embsearch_plugin.search.probe import Probe
-from embsearch_plugin.search.ranking import Frequencies, Ranking
+from embsearch_plugin.search.ranking import Frequencies, Ranking, check_frequencies
 from embsearch_plugin.search.tables import SearchedTables, SearchTable
 from embsearch_plugin.search.validation import ValidationStream
 from embsearch_plugin.space import RowBlocks, SearchSpace
@@ -70,7 +70,7 @@ class Session:
         self._searched: SearchedTables | None
         form = partial(algorithm.form, space=self.space)
         with private_random(seed):  # of which forms draw their parameters
-            check = partial(algorithm.check, space=self.space)
+            check = partial(self._check, frequencies)
             self._searched = SearchedTables(model, self.space, fused, form, check=check, folds_gates=algorithm.folds_gates)
         self._probe: Probe | None = Probe(
             model,
@@ -80,7 +80,7 @@ class Session:
             search_steps=lambda: self.search_steps,
             train_batch=self._next_train_batch,
         )
-        self._ranking = Ranking(self._tables, self.space, frequencies, self._probe.look_up)
+        self._ranking = Ranking(self._tables, self.space, frequencies, self._probe.look_up, seed)
         model.__dict__[ATTRIBUTE] = self
         self._pre_hooks = [model.register_forward_pre_hook(_before_forward, with_kwargs=True)]
         for supernet in self._searched.supernets:
@@ -96,6 +96,11 @@ class Session:
         self._train_batch: Any = None
         self._started = False  # whether the algorithm was told that the search starts
         self._last_plan: SizePlan | None = None
+
+    def _check(self, frequencies: Frequencies | None, tables: Sequence[Table]) -> None:
+        """Make sure that these tables can be searched as asked: a later error would leave the model changed."""
+        self.config.check(tables, self.space)
+        check_frequencies(frequencies, tables)
 
     # What algorithms and observers read and write.
 
@@ -458,10 +463,11 @@ class Session:
             "gates": None if blocks is None else self.gates,
             "kept": self._tables.kept,
             "validation": None if self._validation is None else self._validation.state_dict(),
+            "training": None if self._training is None else self._training.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state``; call after ``attach``, so that the validation loader takes up its place.
+        """Go on from ``state``; call after ``attach``, so that the loaders take up their places.
 
         Raises:
             SessionError: where the state is of a search on another model, by another algorithm, or with other settings; nothing
@@ -474,6 +480,7 @@ class Session:
                 f"this state is of another search: there {', '.join(theirs[:3])}; here {', '.join(ours[:3])}.\n"
                 "  Possible solution: prepare the model as it was prepared when the state was saved."
             )
+        self._ranking.check_state(state["ranking"])
         self._tables.load_kernel_states(state["kernels"])
         self.step_count, self.search_steps = state["step_count"], state["search_steps"]
         self._ranking.load_state_dict(state["ranking"])
@@ -483,8 +490,10 @@ class Session:
         self.keep_weights(state.get("kept", []))
         self._started = state["blocks"] is not None
         self.algorithm.load_state_dict(move(state["algorithm"], self._tables.device))
-        if self._validation is not None and state["validation"] is not None:
-            self._validation.load_state_dict(state["validation"])
+        for name, stream in (("validation", self._validation), ("training", self._training)):
+            place = state.get(name)
+            if stream is not None and place is not None:
+                stream.load_state_dict(place)
 
     def _fingerprint(self) -> list[str]:
         """Say what is searched, how and where: a state fits only the same."""

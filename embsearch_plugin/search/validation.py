@@ -4,10 +4,9 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-import torch
-
 from embsearch_plugin.errors import AttachError
 from embsearch_plugin.randomness import private_random
+from embsearch_plugin.search.loaders import generators_of, unshared
 
 _EMPTY = (
     "the loader gave no batch; the search needs at least one.\n"
@@ -37,7 +36,7 @@ class ValidationStream:
                 f"a loader of batches must start anew when it ends; got a {type(loader).__name__}.\n"
                 "  Possible solution: give the DataLoader (or a list of batches) itself, not iter(loader)."
             )
-        self.loader, self.seed = loader, seed
+        self.loader, self.seed = unshared(loader), seed
         self.passes, self.taken = 0, 0
         self._iterator: Iterator[Any] | None = None
 
@@ -48,7 +47,7 @@ class ValidationStream:
             AttachError: where the loader is empty.
         """
         for _ in range(2):
-            with private_random(self.seed + 1_000_003 * self.passes + self.taken, _generators(self.loader)):
+            with private_random(self.seed + 1_000_003 * self.passes + self.taken, generators_of(self.loader)):
                 if self._iterator is None:
                     self._iterator = self._new_pass()
                 for batch in self._iterator:
@@ -63,8 +62,8 @@ class ValidationStream:
         Raises:
             AttachError: where the loader is empty.
         """
-        with private_random(self.seed, _generators(self.loader)):
-            batches = list(islice(iter(self.loader), count))
+        with private_random(self.seed, generators_of(self.loader)):
+            batches = list(islice(unshared(self.loader), count))
         if not batches:
             raise AttachError(_EMPTY)
         return batches
@@ -86,9 +85,3 @@ class ValidationStream:
         self.passes, self.taken, self._iterator = state["passes"], 0, None
         for _ in range(state["taken"]):
             self.next()
-
-
-def _generators(loader: Iterable[Any]) -> set[torch.Generator]:
-    """Return the generators that a DataLoader and its sampler were given: training may draw from the same ones."""
-    given = (getattr(owner, "generator", None) for owner in (loader, getattr(loader, "sampler", None)))
-    return {generator for generator in given if isinstance(generator, torch.Generator)}

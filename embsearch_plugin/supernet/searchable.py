@@ -94,7 +94,7 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self.output_dims = [slot.dim for slot in slots_of(configs)]
         self._features = list(dict.fromkeys(slot.feature for slot in self.slots))
         self.counts: list[Tensor] | None = None  # per table (V,), while ids are counted
-        self.counts_always = False  # in every forward, not in training only
+        self.counts_always = False  # in forwards without gradients, too
         self.fused_params: Mapping[str, Any] | None = None
         self.folds_gates = True  # whether gates are part of the weights, or only say which take part
         self.autocast: Autocast | None = None  # of the last training forward
@@ -256,15 +256,16 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             raise TooSmallBatch
         self.fuse()
         features, self.bags = ordered(features, self._features), features.stride()
-        weight_step = self.training and torch.is_grad_enabled() and self._candidates is None
+        owners = torch.is_grad_enabled() and self._candidates is None  # the search's own has candidates
+        weight_step = self.training and owners
         self._used = self._candidates or (self.next_gates if weight_step else None) or self._gates
-        self.forwards += torch.is_grad_enabled() and self._candidates is None
+        self.forwards += owners
         if weight_step:
             self.autocast = Autocast.now(features.values().device.type)
         if self._pieces is None or self.weighs or features.values().is_cuda:
             check_readers(features, [(self.tables[s.table].name, s.feature, self.tables[s.table].rows) for s in self.slots])
         output = self._output(features)  # on a CPU finds ids without a row where blocks are known
-        if self.counts is not None and (weight_step or self.counts_always):
+        if self.counts is not None and (owners or self.counts_always):  # a frozen model trains in evaluation mode
             self._count(features, self.counts)
         return output
 

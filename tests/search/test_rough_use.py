@@ -267,3 +267,19 @@ def test_ids_are_counted_in_a_batch_of_one_example() -> None:
     session = es.prepare(model, budget="50%", frequencies=[PLAIN.batch(32), PLAIN.batch(1)])
     session.attach([], validation=[PLAIN.batch(seed=1)])
     assert session.derive().size_bytes <= session.original_bytes / 2
+
+
+def test_a_loop_whose_model_is_in_evaluation_mode_is_searched() -> None:
+    model = task(PLAIN)
+    session = es.prepare(model, algorithm=es.Dnis(warm_up=2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    session.attach(optimizer, validation=[PLAIN.batch(seed=900)])
+    model.eval()  # as where batch norm is frozen
+    for seed in range(4):
+        optimizer.zero_grad()
+        model(PLAIN.batch(seed=seed))[0].backward()
+        optimizer.step()
+        with torch.no_grad():
+            model(PLAIN.batch(seed=800))
+    assert session.search_steps == 3
+    assert [int(counts.sum()) for counts in session.frequencies] == [4 * 32, 4 * 32]

@@ -220,6 +220,16 @@ def test_wrong_frequencies_are_named() -> None:
             es.prepare(task(PLAIN), frequencies=wrong)
 
 
+@pytest.mark.parametrize("wrong", [5, {"t0": torch.ones(200)}])
+def test_a_model_may_be_prepared_after_wrong_frequencies(wrong: Any) -> None:
+    model = task(PLAIN)
+    modules = list(model.modules())
+    with pytest.raises(SessionError, match="frequencies must"):
+        es.prepare(model, frequencies=wrong)
+    assert list(model.modules()) == modules
+    es.prepare(model, frequencies={"t0": torch.ones(200), "t1": torch.ones(300)})
+
+
 def test_ranks_are_refreshed_when_the_steps_have_doubled() -> None:
     model, session, optimizer = searched(PLAIN, steps=0, algorithm=es.Dnis(warm_up=2))
     orders = []
@@ -228,6 +238,19 @@ def test_ranks_are_refreshed_when_the_steps_have_doubled() -> None:
         orders.append(session.tables[0].blocks.order.clone() if i else None)
     changed = [i + 1 for i in range(2, 9) if not torch.equal(orders[i], orders[i - 1])]
     assert changed == [4, 8]
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_counts_do_not_end_at_two_to_the_31(resumed: bool) -> None:
+    model, session, optimizer = searched(PLAIN, steps=1)
+    most = torch.iinfo(torch.int32).max
+    counts = [count.fill_(most) for count in model.collection.counts]
+    if resumed:  # from a state of 32-bit counts
+        state = session.state_dict()
+        state["ranking"]["counts"] = [[count.int() for count in counts]]
+        session.load_state_dict(state)
+    train(model, optimizer, [PLAIN.batch(32)])
+    assert all(count.min() == most and count.sum() == most * len(count) + 32 for count in session.frequencies)
 
 
 def test_a_step_by_hand_needs_counts() -> None:

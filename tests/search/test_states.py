@@ -12,6 +12,7 @@ import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from support import FORMED, PLAIN, WORLDS, Task, moved, searched, stored_bytes, tables_of, task, train
 from torch import nn
+from torch.utils.data import DataLoader
 
 import embsearch_plugin as es
 from embsearch_plugin.errors import SessionError
@@ -170,6 +171,36 @@ def test_a_state_of_other_settings_is_refused() -> None:
     with pytest.raises(SessionError, match=r"there candidates=\(1, 4, 8\); here candidates=\(2, 4, 8\)"):
         other.load_state_dict(session.state_dict())
     assert other.step_count == 3
+
+
+@pytest.mark.parametrize("steps", [1, 5])  # before rows are ranked, and after
+def test_a_state_whose_frequencies_were_given_is_refused_where_none_are(steps: int) -> None:
+    batches = [PLAIN.batch(seed=i) for i in range(3)]
+    state = searched(PLAIN, steps=steps, frequencies=batches)[1].state_dict()
+    _, other, _ = searched(PLAIN, steps=3)
+    with pytest.raises(SessionError, match=r"frequencies were given.*\n  Possible solution: prepare\(..., frequencies="):
+        other.load_state_dict(state)
+    assert other.step_count == 3
+    model, same, optimizer = searched(PLAIN, steps=0, frequencies=batches)
+    same.load_state_dict(state)
+    train(model, optimizer, [PLAIN.batch(seed=i) for i in range(8)])
+    assert same.search_steps == 8 + steps - 1
+
+
+def test_the_place_in_the_training_loader_is_in_the_sessions_state() -> None:
+    batches = [PLAIN.batch(seed=i) for i in range(5)]
+    sessions = []
+    for _ in range(2):
+        model = task(PLAIN)
+        session = es.prepare(model, algorithm=es.Dnis(warm_up=2, xi=0.1))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        session.attach(optimizer, validation=batches, training=DataLoader(batches, batch_size=None, shuffle=True))
+        if not sessions:
+            train(model, optimizer, batches[:4])
+        sessions.append(session)
+    sessions[1].load_state_dict(sessions[0].state_dict())
+    following = [[session._training.next().labels for _ in range(5)] for session in sessions]
+    assert all(torch.equal(a, b) for a, b in zip(*following, strict=True))
 
 
 def test_a_plan_from_a_file_is_compacted_by_a_new_session(tmp_path: Path) -> None:

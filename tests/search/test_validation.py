@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import PLAIN, task, train
+from support import DEVICE, PLAIN, task, train
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 
@@ -150,3 +150,35 @@ def test_training_draws_the_same_numbers_with_and_without_search_steps() -> None
         states.append((random_states(), bool(session.search_steps)))
     assert [searched for _, searched in states] == [True, False]
     assert states[0][0] == states[1][0]
+
+
+def test_first_batches_of_a_loader_with_persistent_workers_keep_the_streams_place() -> None:
+    loader = DataLoader(range(8), batch_size=None, num_workers=1, persistent_workers=True)
+    stream = ValidationStream(loader, 0)
+    seen = [stream.next() for _ in range(3)]
+    assert stream.first(2) == [0, 1]
+    assert [*seen, *(stream.next() for _ in range(6))] == [0, 1, 2, 3, 4, 5, 6, 7, 0]
+
+
+@pytest.mark.parametrize("given_as", ["validation", "training", "frequencies"])
+def test_a_loops_own_pass_over_a_loader_with_persistent_workers_goes_on(given_as: str) -> None:
+    loader = DataLoader([PLAIN.batch(seed=i).to("cpu") for i in range(6)], None, num_workers=1, persistent_workers=True)
+    model = task(PLAIN)
+    counted = loader if given_as == "frequencies" else None
+    session = es.prepare(model, algorithm=es.Dnis(warm_up=2, xi=0.01), frequencies=counted)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loaders = {"validation": [PLAIN.batch(seed=9)]} | ({given_as: loader} if given_as != "frequencies" else {})
+    session.attach(optimizer, **loaders)
+    assert len(train(model, optimizer, (batch.to(DEVICE) for batch in islice(loader, 20)))) == 6
+    assert session.search_steps == 5
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("generator", [None, torch.Generator()])
+def test_counting_a_loader_changes_no_random_state(shuffle: bool, generator: torch.Generator | None) -> None:
+    batches = [PLAIN.batch(seed=i) for i in range(3)]
+    loader = DataLoader(batches, batch_size=None, shuffle=shuffle, generator=generator)
+    session = es.prepare(task(PLAIN), algorithm=es.Dnis(warm_up=0), frequencies=loader)
+    before = random_states(), generator and generator.get_state().tolist()
+    session.step(PLAIN.batch(seed=9))
+    assert (random_states(), generator and generator.get_state().tolist()) == before
