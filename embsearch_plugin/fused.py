@@ -11,6 +11,7 @@ from fbgemm_gpu.split_embedding_configs import SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, EmbeddingLocation, PoolingMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor, nn
+from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward  # type: ignore[attr-defined]
 from torchrec.distributed.utils import optimizer_type_to_emb_opt_type
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingBagCollectionInterface
@@ -250,6 +251,15 @@ def _from_marks(parameter: nn.Parameter) -> dict[str, Any]:
     if "betas" in options:
         params["beta1"], params["beta2"] = options["betas"]
     return params
+
+
+@torch.enable_grad()  # without it a parameter has no node to hook the optimizer to
+def mark_alike(old: Tensor, new: nn.Parameter) -> None:
+    """Have ``new`` trained in the backward as ``old`` is, where TorchRec's ``apply_optimizer_in_backward`` marked that."""
+    if new.requires_grad:
+        optimizers, options = getattr(old, "_optimizer_classes", ()), getattr(old, "_optimizer_kwargs", ())
+        for optimizer, settings in zip(optimizers, options, strict=True):
+            apply_optimizer_in_backward(optimizer, [new], settings)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from embsearch_plugin.compact.collection import CompactEmbeddingBagCollection
 from embsearch_plugin.compact.rewrite import compact_form, slices_of
 from embsearch_plugin.errors import PlanError
 from embsearch_plugin.files import atomic
+from embsearch_plugin.fused import mark_alike
 from embsearch_plugin.plan import SizePlan, mismatch
 from embsearch_plugin.plugins import find_collections
 
@@ -21,6 +22,7 @@ def apply(model: nn.Module, plan: SizePlan) -> nn.Module:
 
     The kept weights are the model's own: a fresh model stays fresh, a trained one is pruned in one shot. Where the plan has a
     projection, that starts as the identity: the searched model's own basis is what :meth:`Session.compact` knows, not a plan.
+    Tables that TorchRec's ``apply_optimizer_in_backward`` marked stay marked, and begin with a new optimizer state.
 
     Raises:
         PlanError: where the plan is for another model.
@@ -37,6 +39,7 @@ def apply(model: nn.Module, plan: SizePlan) -> nn.Module:
             for part in slices_of(compact, index, plans[index]):
                 if not weight.is_meta:
                     part.fill(weight)
+                mark_alike(weight, part.new)
         collection.replace_in(model, compact)
     return model
 

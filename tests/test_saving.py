@@ -1,0 +1,33 @@
+"""Plans on fresh models, and compact models in files: what else a model is stays as it was."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from support import PLAIN, searched, tables_of, task
+from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+
+import embsearch_plugin as es
+
+
+@pytest.mark.parametrize("way", ["apply", "apply without gradients", "load"])
+def test_tables_marked_for_an_optimizer_in_the_backward_go_on_being_trained(way: str, tmp_path: Path) -> None:
+    _, session, _ = searched(PLAIN)
+    plan = session.derive()
+    es.save(session.compact(plan), plan, tmp_path)
+    model = task(PLAIN)
+    first, second = model.collection.parameters()
+    apply_optimizer_in_backward(torch.optim.SGD, [first], {"lr": 0.1})
+    apply_optimizer_in_backward(RowWiseAdagrad, [second], {"lr": 0.2})
+    with torch.set_grad_enabled(way != "apply without gradients"):
+        model = es.load(tmp_path, model) if way == "load" else es.apply(model, plan)
+    marks = {name.rpartition("#")[0]: p for name, p in model.collection.chunks.embedding_bags.named_parameters()}
+    assert {name: (p._optimizer_classes, p._optimizer_kwargs) for name, p in marks.items()} == {
+        "t0": ([torch.optim.SGD], [{"lr": 0.1}]),
+        "t1": ([RowWiseAdagrad], [{"lr": 0.2}]),
+    }
+    before = tables_of(model)
+    model(PLAIN.batch())[0].backward()
+    after = model.collection.parameters()
+    assert all(not torch.equal(old, new) and new.grad is None for old, new in zip(before, after, strict=True))
