@@ -234,12 +234,20 @@ def requested(collection: nn.Module, fused_params: Mapping[str, Any] | None) -> 
     """Return the ``fused_params`` asked for: given, or by the marks of TorchRec's ``apply_optimizer_in_backward``."""
     if fused_params is not None:
         return dict(fused_params)
-    marks = [p for p in collection.parameters() if getattr(p, "_optimizer_classes", None)]
+    marks = {n: _from_marks(p) for n, p in collection.named_parameters() if getattr(p, "_optimizer_classes", None)}
     if not marks:
         return None
     if len(marks) < len(list(collection.parameters())):
         raise SessionError("apply_optimizer_in_backward must mark every table of a collection, or none.")
-    return _from_marks(marks[0])
+    first, *others = marks
+    for name in others:
+        if marks[name] != marks[first]:
+            raise SessionError(
+                "apply_optimizer_in_backward must mark all tables of a collection alike, since fused kernels train them by one "
+                f"optimizer; {first!r} has {marks[first]}, and {name!r} has {marks[name]}.\n  Possible solutions: 1) the same "
+                "optimizer and settings for both  2) a collection for each."
+            )
+    return marks[first]
 
 
 def _from_marks(parameter: nn.Parameter) -> dict[str, Any]:

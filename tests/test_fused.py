@@ -1,12 +1,16 @@
 """Tables on fused kernels: the same on one kernel and on several."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
-from support import WORLDS
+from support import PLAIN, WORLDS, task
+from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 
+import embsearch_plugin as es
+from embsearch_plugin.errors import SessionError
 from embsearch_plugin.fused import FusedEmbeddingBags
 
 ADAGRAD = {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "learning_rate": 0.1, "stochastic_rounding": False}
@@ -44,3 +48,14 @@ def test_mixed_pooling_needs_the_output_put_in_order() -> None:
     mixed = world.tables[0], (*world.tables[1][:4], WORLDS["mean"].tables[0][4]), world.tables[2]
     collection = FusedEmbeddingBags(type(world)(mixed).collection(), ADAGRAD)
     assert not collection.kernels_in_order
+
+
+@pytest.mark.parametrize("other", [(torch.optim.SGD, {"lr": 0.2}), (torch.optim.Adagrad, {"lr": 0.1})])
+def test_tables_of_a_collection_marked_for_different_optimizers_are_named(other: Any) -> None:
+    model = task(PLAIN)
+    first, second = model.collection.parameters()
+    apply_optimizer_in_backward(torch.optim.SGD, [first], {"lr": 0.1})
+    apply_optimizer_in_backward(other[0], [second], other[1])
+    es.prepare(model)
+    with pytest.raises(SessionError, match=r"alike.*; 'embedding_bags\.t0\.weight' has .* 'embedding_bags\.t1\.weight' has"):
+        model(PLAIN.batch())
