@@ -1,7 +1,7 @@
 """What a search asks of the user's optimizer: that its step hook fires, and that its state can follow the weights."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,7 +120,7 @@ def exchange(optimizer: Optimizer, old: nn.Parameter, new: Sequence[nn.Parameter
     """Put new parameters in the place of ``old``, without its state; return whether ``old`` was there."""
     if isinstance(optimizer, CombinedOptimizer):
         return any(exchange(inner, old, new) for _, inner in optimizer.optimizers)
-    group, index = next(((g, i) for g in optimizer.param_groups for i, p in enumerate(g["params"]) if p is old), (None, 0))
+    group, index = _place(optimizer, old)
     if group is None:
         return False
     group["params"][index : index + 1] = new
@@ -131,14 +131,20 @@ def exchange(optimizer: Optimizer, old: nn.Parameter, new: Sequence[nn.Parameter
     return True
 
 
+def _place(optimizer: Optimizer, parameter: nn.Parameter) -> tuple[dict[str, Any] | None, int]:
+    """Return the group that holds ``parameter``, and its place there; no group where none does."""
+    groups = optimizer.param_groups
+    return next(((group, i) for group in groups for i, p in enumerate(group["params"]) if p is parameter), (None, 0))
+
+
 def add_beside(optimizer: Optimizer, known: nn.Parameter, new: Sequence[nn.Parameter]) -> bool:
-    """Put new parameters, without state, into the group of ``known``; return whether ``known`` was there."""
+    """Put new parameters, without state, behind ``known`` in its group; return whether ``known`` was there."""
     if isinstance(optimizer, CombinedOptimizer):
         return any(add_beside(inner, known, new) for _, inner in optimizer.optimizers)
-    group = next((g for g in optimizer.param_groups if any(p is known for p in g["params"])), None)
+    group, index = _place(optimizer, known)
     if group is None:
         return False
-    join(group, new)
+    join(group, new, index + 1)
     return True
 
 
@@ -148,11 +154,42 @@ def add_to_any(optimizers: Sequence[Optimizer], known: nn.Parameter, new: Sequen
         join(optimizers[0].param_groups[0], new)
 
 
-def join(group: dict[str, Any], new: Sequence[nn.Parameter]) -> None:
-    """Put new parameters into a group that is there: schedulers know no groups but those that were there before them."""
-    group["params"] += new
+def join(group: dict[str, Any], new: Sequence[nn.Parameter], place: int | None = None) -> None:
+    """Put new parameters into a group that is there: schedulers know no groups but those that were there before them.
+
+    They stand from ``place`` on, by default at the end.
+    """
+    place = len(group["params"]) if place is None else place
+    group["params"][place:place] = new
     if "param_names" in group:
-        group["param_names"] += [f"embsearch#{len(group['param_names']) + number}" for number in range(len(new))]
+        names = [f"embsearch#{len(group['param_names']) + number}" for number in range(len(new))]
+        group["param_names"][place:place] = names
+
+
+def groups_in_order(optimizers: Sequence[Optimizer], parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+    """Return the groups that hold ``parameters`` in their order, as one of ``model.parameters()`` does; others do not count."""
+    places = _places_of(parameters)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    held = [[places[id(p)] for p in group["params"] if id(p) in places] for group in groups]
+    return [group for group, found in zip(groups, held, strict=True) if found == sorted(found)]
+
+
+def put_in_order(groups: Sequence[dict[str, Any]], parameters: Iterable[nn.Parameter]) -> None:
+    """Let groups hold ``parameters`` in their order; others stay where they are.
+
+    The state of an optimizer is loaded by place, so it then fits one that is made of a model loaded in a new process.
+    """
+    places = _places_of(parameters)
+    for group in groups:
+        now = [i for i, p in enumerate(group["params"]) if id(p) in places]
+        wanted = sorted(now, key=lambda i: places[id(group["params"][i])])
+        for key in {"params", "param_names"} & group.keys():
+            for i, item in zip(now, [group[key][i] for i in wanted], strict=True):
+                group[key][i] = item
+
+
+def _places_of(parameters: Iterable[nn.Parameter]) -> dict[int, int]:
+    return {id(parameter): place for place, parameter in enumerate(parameters)}
 
 
 def takers_of_dense(optimizers: Sequence[Optimizer]) -> list[Optimizer]:

@@ -12,7 +12,7 @@ from embsearch_plugin.collection import FoundCollection
 from embsearch_plugin.compact.collection import CompactEmbeddingBagCollection, chunk_name
 from embsearch_plugin.compact.fold import UNFOLDED, Fold
 from embsearch_plugin.fused import FusedEmbeddingBags, carry_state
-from embsearch_plugin.optimizers import Slice, add_to_any, replace_parameter, takers_of_dense
+from embsearch_plugin.optimizers import Slice, add_to_any, groups_in_order, put_in_order, replace_parameter, takers_of_dense
 from embsearch_plugin.plan import Chunk, SizePlan, TablePlan
 from embsearch_plugin.plugins import build_compact
 from embsearch_plugin.search.tables import SearchedTables
@@ -106,6 +106,8 @@ def rewrite(
     rotated = sum(fold.rotation is not None for fold in folds)
     if rotated:
         log.info("optimizer state starts anew for %d of %d tables, which are stored in another basis", rotated, len(folds))
+    leaving = {id(parameter) for parameter in tables.form_parameters()}  # they may have joined a group late, at its end
+    in_order = groups_in_order(optimizers, [p for p in model.parameters() if id(p) not in leaving])
     orphans = []
     for found, supernet, (compact, slices) in zip(tables.found, tables.supernets, rewritten, strict=True):
         found.replace_in(model, compact)
@@ -115,6 +117,7 @@ def rewrite(
             held = [replace_parameter(optimizer, weight, parts) for optimizer in optimizers]
             if not any(held) and weight.requires_grad and supernet.is_plain and parts:
                 orphans.append(str(found.tables[index]))
+    put_in_order(in_order, model.parameters())
     return orphans
 
 
@@ -126,7 +129,7 @@ def _exchange_outputs(
 ) -> None:
     """Let the optimizers train a table's projection and bias in place of what followed its lookup; their state is new.
 
-    They join the table's group; where no optimizer holds the table (fused kernels train it), or one that takes sparse
+    They stand behind the table in its group; where no optimizer holds it (fused kernels train it), or one that takes sparse
     gradients only, they join the first optimizer that takes theirs.
     """
     new = list(compact.index[index].parameters())
