@@ -132,15 +132,25 @@ class FusedEmbeddingBags(EmbeddingBagCollectionInterface):
         """Return each table's optimizer state by name, as views of the kernels' memory."""
         return {name: state for group in self._groups for name, state in group.states()}
 
+    def learning_rates(self) -> dict[str, float]:
+        """Return each table's learning rate as it is now: schedules set that of a kernel."""
+        return {name: group.kernel.get_learning_rate() for group in self._groups for name in group.names}
+
+    def set_learning_rates(self, rates: Mapping[str, float]) -> None:
+        """Set each kernel's learning rate to that of its first table, where ``rates`` has it."""
+        for group in self._groups:
+            if group.names[0] in rates:
+                group.kernel.set_learning_rate(rates[group.names[0]])
+
     def kernel_state(self) -> dict[str, Any]:
-        """Return what the kernels hold besides weights, by table however these are dealt: optimizer state, step counters."""
+        """Return what the kernels hold besides weights, by table however dealt: optimizer state, step counters, rates."""
         counters = {
             name: [group.kernel.iter.clone(), group.kernel.iter_cpu.clone()]
             for group in self._groups
             if hasattr(group.kernel, "iter")
             for name in group.names
         }
-        return {"optimizer": self.optimizer_states(), "counters": counters}
+        return {"optimizer": self.optimizer_states(), "counters": counters, "rates": self.learning_rates()}
 
     @torch.no_grad()
     def load_kernel_state(self, state: Mapping[str, Any]) -> None:
@@ -153,6 +163,7 @@ class FusedEmbeddingBags(EmbeddingBagCollectionInterface):
                 steps, steps_cpu = state["counters"][group.names[0]]
                 group.kernel.iter.copy_(steps)
                 group.kernel.iter_cpu.copy_(steps_cpu)
+        self.set_learning_rates(state.get("rates", {}))  # older states have none
 
 
 class _Group:
@@ -272,14 +283,15 @@ def mark_alike(old: Tensor, new: nn.Parameter) -> None:
 
 @torch.no_grad()
 def carry_state(old: FusedEmbeddingBags, new: FusedEmbeddingBags, slices: Mapping[str, Sequence[tuple[str, Slice]]]) -> None:
-    """Copy optimizer state of old tables to the new tables that keep parts of them.
+    """Copy optimizer state and learning rates of old tables to the new tables that keep parts of them.
 
     Args:
         old: the collection before.
         new: the collection after.
         slices: per old table, the names of new tables with what each keeps.
     """
-    states, targets = old.optimizer_states(), new.optimizer_states()
+    states, targets, rates = old.optimizer_states(), new.optimizer_states(), old.learning_rates()
+    new.set_learning_rates({name: rates[table] for table, parts in slices.items() for name, _ in parts})
     for table, parts in slices.items():
         for name, part in parts:
             for key, target in targets.get(name, {}).items():

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
-from support import PLAIN, WORLDS, task
+from support import PLAIN, WORLDS, searched, task
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 
 import embsearch_plugin as es
@@ -59,3 +59,18 @@ def test_tables_of_a_collection_marked_for_different_optimizers_are_named(other:
     es.prepare(model)
     with pytest.raises(SessionError, match=r"alike.*; 'embedding_bags\.t0\.weight' has .* 'embedding_bags\.t1\.weight' has"):
         model(PLAIN.batch())
+
+
+def rates_of(collection: FusedEmbeddingBags) -> set[float]:
+    return {round(kernel.get_learning_rate(), 6) for kernel in collection.kernels}
+
+
+def test_a_learning_rate_that_was_lowered_stays_so_in_a_state_and_in_compact_tables() -> None:
+    model, session, _ = searched(PLAIN, fused=ADAGRAD)
+    for kernel in model.collection.inner.kernels:
+        kernel.set_learning_rate(0.001)
+    again, resumed, _ = searched(PLAIN, steps=0, fused=ADAGRAD)
+    resumed.load_state_dict(session.state_dict())
+    assert rates_of(again.collection.inner) == {0.001}
+    session.compact(session.derive())
+    assert rates_of(model.collection.chunks) == {0.001}
