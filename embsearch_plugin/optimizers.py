@@ -104,22 +104,12 @@ class Slice:
         return (kept * scale).to(kept.dtype)
 
 
-def replace_parameter(optimizer: Optimizer, old: nn.Parameter, slices: Sequence[Slice]) -> bool:
-    """Put new parameters in the place of ``old``, with their part of its state; return whether ``old`` was there."""
+def exchange(
+    optimizer: Optimizer, old: nn.Parameter, new: Sequence[nn.Parameter], states: Sequence[dict[str, Any]] = ()
+) -> bool:
+    """Put new parameters in the place of ``old``, with a state each where there are any; return whether ``old`` was there."""
     if isinstance(optimizer, CombinedOptimizer):  # its state is a copy of that of the optimizers inside
-        return any(replace_parameter(inner, old, slices) for _, inner in optimizer.optimizers)
-    state = optimizer.state.get(old, {})
-    if not exchange(optimizer, old, [part.new for part in slices]):
-        return False
-    for part in slices if state else ():
-        optimizer.state[part.new] = carried_state(state, old.shape, part)
-    return True
-
-
-def exchange(optimizer: Optimizer, old: nn.Parameter, new: Sequence[nn.Parameter]) -> bool:
-    """Put new parameters in the place of ``old``, without its state; return whether ``old`` was there."""
-    if isinstance(optimizer, CombinedOptimizer):
-        return any(exchange(inner, old, new) for _, inner in optimizer.optimizers)
+        return any(exchange(inner, old, new, states) for _, inner in optimizer.optimizers)
     group, index = _place(optimizer, old)
     if group is None:
         return False
@@ -128,6 +118,7 @@ def exchange(optimizer: Optimizer, old: nn.Parameter, new: Sequence[nn.Parameter
         name = group["param_names"][index]
         group["param_names"][index : index + 1] = [f"{name}#{number}" for number in range(len(new))]
     optimizer.state.pop(old, None)
+    optimizer.state.update(zip(new, states, strict=False))
     return True
 
 
@@ -197,21 +188,35 @@ def takers_of_dense(optimizers: Sequence[Optimizer]) -> list[Optimizer]:
     return [optimizer for optimizer in optimizers if not isinstance(optimizer, torch.optim.SparseAdam)]
 
 
+def carried_states(optimizer: Optimizer, old: nn.Parameter, slices: Sequence[Slice]) -> list[dict[str, Any]]:
+    """Return the state of each new parameter; none where ``old`` has none yet. Nothing is changed."""
+    state = optimizer.state.get(old)
+    return [carried_state(state, old.shape, part) for part in slices] if state else []
+
+
 def carried_state(state: dict[str, Any], shape: torch.Size, part: Slice) -> dict[str, Any]:
     """Return the state of a new parameter; empty, so that the optimizer starts anew, where it cannot be carried over."""
     carried: dict[str, Any] = {}
     if part.rotation is not None:  # a rewrite says so once for all tables
         return carried
     for name, value in state.items():
-        if not isinstance(value, Tensor) or value.dim() == 0:
-            carried[name] = value.clone() if isinstance(value, Tensor) else value
-            continue
-        if name == "momentum_buffer" and "square_avg" in state:  # RMSprop's: steps, free of the gradient's scale
-            moments: Tensor | None = part.of(value)
+        if isinstance(value, Tensor) and value.dim() == 0:
+            carried[name] = value.clone()
+        elif value is None or isinstance(value, int | float | str):
+            carried[name] = value
         else:
-            moments = part.moments(name, value) if value.shape[0] == shape[0] else None
-        if moments is None:
-            log.warning("optimizer state %r cannot follow a compacted table; it starts anew", name)
-            return {}
-        carried[name] = moments
+            carried[name] = _carried_moments(state, name, shape, part)
+            if carried[name] is None:
+                log.warning("optimizer state %r cannot follow a compacted table; it starts anew", name)
+                return {}
     return carried
+
+
+def _carried_moments(state: dict[str, Any], name: str, shape: torch.Size, part: Slice) -> Tensor | None:
+    """Return what a new parameter keeps of moments per weight or per row; ``None`` where they are neither, or not known."""
+    value = state[name]
+    if not isinstance(value, Tensor) or value.shape not in (shape, shape[:1], (shape[0], 1)):
+        return None
+    if name == "momentum_buffer" and "square_avg" in state:  # RMSprop's: steps, free of the gradient's scale
+        return part.of(value)
+    return part.moments(name, value)
