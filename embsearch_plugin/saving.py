@@ -13,6 +13,7 @@ from embsearch_plugin.files import atomic
 from embsearch_plugin.fused import mark_alike
 from embsearch_plugin.plan import SizePlan, mismatch
 from embsearch_plugin.plugins import find_collections
+from embsearch_plugin.search.tables import refuse_ties
 
 PLAN, WEIGHTS = "plan.json", "model.safetensors"
 
@@ -26,11 +27,14 @@ def apply(model: nn.Module, plan: SizePlan) -> nn.Module:
 
     Raises:
         PlanError: where the plan is for another model.
+        UnsupportedCollection: where the model uses a table's weights elsewhere too.
     """
     found = find_collections(model)
     tables = [table for collection in found for table in collection.tables]
     if tables != [p.table for p in plan.tables]:
         raise PlanError(mismatch(tables, plan))
+    for collection in found:
+        refuse_ties(model, collection)
     for collection in found:
         plans = plan.for_collection(collection.paths[0])
         compact = compact_form(collection, plans, collection.module.training)

@@ -5,10 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from support import PLAIN, searched, tables_of, task
+from torch import nn
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 import embsearch_plugin as es
+from embsearch_plugin.errors import UnsupportedCollection
 
 
 @pytest.mark.parametrize("way", ["apply", "apply without gradients", "load"])
@@ -31,3 +34,13 @@ def test_tables_marked_for_an_optimizer_in_the_backward_go_on_being_trained(way:
     model(PLAIN.batch())[0].backward()
     after = model.collection.parameters()
     assert all(not torch.equal(old, new) and new.grad is None for old, new in zip(before, after, strict=True))
+
+
+def test_a_plan_is_not_applied_to_weights_that_are_tied_to_something_outside() -> None:
+    plan = searched(PLAIN)[1].derive()
+    model = task(PLAIN)
+    model.out = nn.Linear(8, 300)
+    model.out.weight = model.collection.embedding_bags["t1"].weight
+    with pytest.raises(UnsupportedCollection, match=r"'out\.weight' is the same parameter as 'embedding_bags\.t1\.weight'"):
+        es.apply(model, plan)
+    assert type(model.collection) is EmbeddingBagCollection
