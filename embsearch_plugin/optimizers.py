@@ -71,11 +71,16 @@ class Slice:
 
     @torch.no_grad()
     def fill(self, old: nn.Parameter) -> None:
-        """Write the kept weights, times their gates, in their new basis, into the new parameter; frozen stays frozen."""
+        """Write the kept weights, times their gates, in their new basis, into the new parameter; frozen stays frozen.
+
+        There is nothing to write where they are on the meta device.
+        """
+        self.new.requires_grad_(old.requires_grad)
+        if old.is_meta:
+            return
         kept = self.of(old)
         kept = kept if self.gates is None else kept.float() * self.gates.to(kept.device)
         self.new.copy_(kept if self.rotation is None else kept.float() @ self.rotation.to(kept.device))
-        self.new.requires_grad_(old.requires_grad)
 
     def of(self, old: Tensor) -> Tensor:
         """Return the kept part of a tensor (V, D), or of one with a value per row, (V,) or (V, 1)."""

@@ -41,8 +41,7 @@ def apply(model: nn.Module, plan: SizePlan) -> nn.Module:
         for index, table in enumerate(collection.tables):
             weight = collection.module.get_parameter(f"embedding_bags.{table.name}.weight")
             for part in slices_of(compact, index, plans[index]):
-                if not weight.is_meta:
-                    part.fill(weight)
+                part.fill(weight)
                 mark_alike(weight, part.new)
         collection.replace_in(model, compact)
     return model
@@ -83,8 +82,9 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
     if wanted != weights.keys():
         missing, extra = sorted(wanted - weights.keys()), sorted(weights.keys() - wanted)
         raise PlanError(f"{folder / WEIGHTS} is for another model: it lacks {missing[:3]} and has {extra[:3]} besides.")
+    assign = any(p.is_meta for p in model.parameters())
     try:
-        model.load_state_dict(weights, strict=False, assign=any(p.is_meta for p in model.parameters()))
+        model.load_state_dict(_replacements(model, weights) if assign else weights, strict=False, assign=assign)
     except RuntimeError as error:
         raise PlanError(f"{folder / WEIGHTS} is for another model: {error}") from error
     return model
@@ -96,3 +96,19 @@ def _unique(model: nn.Module) -> dict[str, Tensor]:
     for name, tensor in model.state_dict(keep_vars=True).items():
         named.setdefault(id(tensor), (name, tensor))
     return {name: tensor.detach().clone() for name, tensor in named.values()}
+
+
+def _replacements(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return what takes the place of the model's tensors, under each of their names: aliases stay one."""
+    state = model.state_dict(keep_vars=True)
+    made = {id(old): _replacement(old, weights[name]) for name, old in state.items() if name in weights}
+    return {name: made[id(old)] for name, old in state.items()}
+
+
+def _replacement(old: Tensor, loaded: Tensor) -> Tensor:
+    """Return a loaded tensor as what ``old`` is: a buffer, or a parameter that is frozen or trained alike."""
+    if not isinstance(old, nn.Parameter):
+        return loaded
+    new = nn.Parameter(loaded, old.requires_grad)
+    mark_alike(old, new)
+    return new

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import PLAIN, searched, tables_of, task
+from support import DEVICE, PLAIN, Task, searched, tables_of, task
 from torch import nn
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
@@ -14,17 +14,28 @@ import embsearch_plugin as es
 from embsearch_plugin.errors import UnsupportedCollection
 
 
-@pytest.mark.parametrize("way", ["apply", "apply without gradients", "load"])
+class Tied(Task):
+    """Two layers with one weight."""
+
+    def __init__(self, collection: nn.Module) -> None:
+        super().__init__(collection, 16)
+        device = next(collection.parameters()).device
+        self.a, self.b = nn.Linear(3, 3, device=device), nn.Linear(3, 3, device=device)
+        self.b.weight = self.a.weight
+
+
+@pytest.mark.parametrize("way", ["apply", "apply without gradients", "load", "load on meta"])
 def test_tables_marked_for_an_optimizer_in_the_backward_go_on_being_trained(way: str, tmp_path: Path) -> None:
     _, session, _ = searched(PLAIN)
     plan = session.derive()
     es.save(session.compact(plan), plan, tmp_path)
-    model = task(PLAIN)
+    with torch.device("meta" if way == "load on meta" else DEVICE):
+        model = Task(PLAIN.collection("meta"), 16) if way == "load on meta" else task(PLAIN)
     first, second = model.collection.parameters()
     apply_optimizer_in_backward(torch.optim.SGD, [first], {"lr": 0.1})
     apply_optimizer_in_backward(RowWiseAdagrad, [second], {"lr": 0.2})
     with torch.set_grad_enabled(way != "apply without gradients"):
-        model = es.load(tmp_path, model) if way == "load" else es.apply(model, plan)
+        model = es.load(tmp_path, model) if "load" in way else es.apply(model, plan)
     marks = {name.rpartition("#")[0]: p for name, p in model.collection.chunks.embedding_bags.named_parameters()}
     assert {name: (p._optimizer_classes, p._optimizer_kwargs) for name, p in marks.items()} == {
         "t0": ([torch.optim.SGD], [{"lr": 0.1}]),
@@ -44,3 +55,24 @@ def test_a_plan_is_not_applied_to_weights_that_are_tied_to_something_outside() -
     with pytest.raises(UnsupportedCollection, match=r"'out\.weight' is the same parameter as 'embedding_bags\.t1\.weight'"):
         es.apply(model, plan)
     assert type(model.collection) is EmbeddingBagCollection
+
+
+@pytest.mark.parametrize("fine", [False, True])
+@pytest.mark.parametrize("device", ["meta", None])
+def test_what_is_loaded_is_tied_and_frozen_as_the_model_was(device: str | None, fine: bool, tmp_path: Path) -> None:
+    def build(device: str | None = None) -> Tied:
+        with torch.device(device or DEVICE):
+            model = Tied(PLAIN.collection(device))
+        model.collection.embedding_bags["t0"].weight.requires_grad_(False)
+        model.a.bias.requires_grad_(False)
+        return model
+
+    plan = searched(PLAIN, algorithm=es.Dnis(warm_up=2, fine_grained=fine))[1].derive()
+    model = es.apply(build(), plan)
+    es.save(model, plan, tmp_path)
+    loaded = es.load(tmp_path, build(device))
+    assert loaded.a.weight is loaded.b.weight
+    expected = {name: (p.requires_grad, p.tolist()) for name, p in model.named_parameters(remove_duplicate=False)}
+    got = {name: (p.requires_grad, p.tolist()) for name, p in loaded.named_parameters(remove_duplicate=False)}
+    assert got == expected
+    assert {trained for trained, _ in got.values()} == {True, False}
