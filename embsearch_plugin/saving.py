@@ -1,7 +1,9 @@
 """A plan on a fresh model, and saving a compact model with its plan."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from embsearch_plugin.compact.rewrite import compact_form, slices_of
 from embsearch_plugin.errors import PlanError
 from embsearch_plugin.files import atomic
 from embsearch_plugin.fused import mark_alike
-from embsearch_plugin.plan import SizePlan, mismatch
+from embsearch_plugin.plan import SizePlan, TablePlan, mismatch
 from embsearch_plugin.plugins import find_collections
 from embsearch_plugin.search.tables import refuse_ties
 
@@ -54,16 +56,45 @@ def save(model: nn.Module, plan: SizePlan, folder: str | Path) -> None:
         PlanError: where ``model`` is not the compact model of ``plan``.
     """
     folder = Path(folder)
-    planned = [p.table for p in plan.tables]
-    present = [p for m in model.modules() if isinstance(m, CompactEmbeddingBagCollection) for p in m.tables]
-    if planned != present:
+    model = getattr(model, "_orig_mod", model)  # of torch.compile, whose state has other names
+    _check_is_of(plan, model)
+    with atomic(folder / WEIGHTS) as temporary:
+        save_file(_unique(model), temporary)
+    plan.save(folder / PLAN)
+
+
+def _check_is_of(plan: SizePlan, model: nn.Module) -> None:
+    """Make sure that a model's compact collections are those of the plan, and where it says."""
+    stored = {path: m for path, m in model.named_modules() if isinstance(m, CompactEmbeddingBagCollection)}
+    if [p.table for p in plan.tables] != [table for compact in stored.values() for table in compact.tables]:
         raise PlanError(
             "save takes a compact model and its plan; this model's tables are not the plan's.\n"
             "  Possible solution: es.save(session.compact(plan), plan, folder)."
         )
-    with atomic(folder / WEIGHTS) as temporary:
-        save_file(_unique(model), temporary)
-    plan.save(folder / PLAN)
+    for path, compact in stored.items():
+        plans = plan.for_collection(path)
+        if [p.table for p in plans] != list(compact.tables):
+            raise PlanError(
+                f"save takes the model that was compacted, not one around it: {compact.tables[0].collection!r} of the plan is "
+                f"{path!r} here.\n  Possible solution: es.save(model.module, plan, folder), where the model is in a wrapper."
+            )
+        if not _stores(compact, plans):
+            raise PlanError(
+                f"{path!r} does not store the rows and columns of this plan, but those of another for the same tables.\n"
+                "  Possible solution: save the model with the plan that compact or apply was given."
+            )
+
+
+def _stores(compact: CompactEmbeddingBagCollection, plans: Sequence[TablePlan]) -> bool:
+    """Whether a collection has the tensors that ``plans`` ask for, and in its buffers what they say."""
+    built = CompactEmbeddingBagCollection(
+        compact.embedding_bag_configs(), plans, compact.is_weighted(), torch.device("meta")
+    ).state_dict()
+    state = compact.state_dict()
+    return built.keys() == state.keys() and all(
+        state[name].shape == tensor.shape and (tensor.is_meta or torch.equal(state[name].cpu(), tensor))
+        for name, tensor in built.items()
+    )
 
 
 def load(folder: str | Path, model: nn.Module) -> nn.Module:
@@ -95,7 +126,7 @@ def _unique(model: nn.Module) -> dict[str, Tensor]:
     named: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         named.setdefault(id(tensor), (name, tensor))
-    return {name: tensor.detach().clone() for name, tensor in named.values()}
+    return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in named.values()}
 
 
 def _replacements(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,9 +1,11 @@
 """Plans on fresh models, and compact models in files: what else a model is stays as it was."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from support import DEVICE, PLAIN, Task, searched, tables_of, task
 from torch import nn
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
@@ -11,7 +13,9 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 import embsearch_plugin as es
-from embsearch_plugin.errors import UnsupportedCollection
+from embsearch_plugin.errors import PlanError, UnsupportedCollection
+from embsearch_plugin.plan import SizePlan, TablePlan
+from embsearch_plugin.plugins import find_collections
 
 
 class Tied(Task):
@@ -76,3 +80,51 @@ def test_what_is_loaded_is_tied_and_frozen_as_the_model_was(device: str | None, 
     got = {name: (p.requires_grad, p.tolist()) for name, p in loaded.named_parameters(remove_duplicate=False)}
     assert got == expected
     assert {trained for trained, _ in got.values()} == {True, False}
+
+
+@pytest.mark.parametrize("fused", [None, {"optimizer": EmbOptimType.EXACT_SGD, "learning_rate": 0.05}])
+@pytest.mark.parametrize("other", ["20%", "100%"])
+def test_a_model_is_saved_with_its_own_plan_only(other: str, fused: Any, tmp_path: Path) -> None:
+    _, session, _ = searched(PLAIN, fused=fused)
+    plan, another = session.derive("40%"), session.derive(other)
+    model = session.compact(plan)
+    with pytest.raises(PlanError, match="'collection' does not store the rows and columns of this plan"):
+        es.save(model, another, tmp_path)
+    assert not list(tmp_path.iterdir())
+    es.save(model, plan, tmp_path)
+
+
+def test_nor_with_a_plan_that_keeps_other_rows_of_as_many(tmp_path: Path) -> None:
+    specs = find_collections(task(PLAIN))[0].tables
+    plans = []
+    for seed in (1, 2):
+        order = [torch.randperm(s.rows, generator=torch.Generator().manual_seed(seed)).int() for s in specs]
+        tables = [TablePlan.nested(s, [8, 0], o.tensor_split(2)) for s, o in zip(specs, order, strict=True)]
+        plans.append(SizePlan(tuple(tables)))
+    with pytest.raises(PlanError, match="'collection' does not store"):
+        es.save(es.apply(task(PLAIN), plans[0]), plans[1], tmp_path)
+
+
+def test_a_compiled_model_is_saved_as_what_it_was_made_of(tmp_path: Path) -> None:
+    plan = searched(PLAIN)[1].derive()
+    model = es.apply(task(PLAIN), plan)
+    es.save(torch.compile(model, backend="eager"), plan, tmp_path)
+    assert torch.equal(es.load(tmp_path, task(PLAIN, seed=1)).eval()(PLAIN.batch())[0], model.eval()(PLAIN.batch())[0])
+
+
+def test_a_model_in_a_wrapper_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    plan = searched(PLAIN)[1].derive()
+    wrapper = nn.Module()
+    wrapper.module = es.apply(task(PLAIN), plan)
+    with pytest.raises(PlanError, match=r"'collection' of the plan is 'module\.collection' here.*\n.*es\.save\(model\.module"):
+        es.save(wrapper, plan, tmp_path)
+
+
+def test_a_weight_that_is_not_contiguous_is_saved(tmp_path: Path) -> None:
+    plan = searched(PLAIN)[1].derive()
+    models = []
+    for seed in (0, 1):
+        models.append(task(PLAIN, seed=seed))
+        models[-1].extra = nn.Parameter(torch.randn(4, 3, device=DEVICE).t())
+    es.save(es.apply(models[0], plan), plan, tmp_path)
+    assert torch.equal(es.load(tmp_path, models[1]).extra, models[0].extra)
