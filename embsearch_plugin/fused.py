@@ -11,6 +11,7 @@ from fbgemm_gpu.split_embedding_configs import SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, EmbeddingLocation, PoolingMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor, nn
+from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward  # type: ignore[attr-defined]
 from torchrec.distributed.utils import optimizer_type_to_emb_opt_type
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingBagCollectionInterface
@@ -131,15 +132,25 @@ class FusedEmbeddingBags(EmbeddingBagCollectionInterface):
         """Return each table's optimizer state by name, as views of the kernels' memory."""
         return {name: state for group in self._groups for name, state in group.states()}
 
+    def learning_rates(self) -> dict[str, float]:
+        """Return each table's learning rate as it is now: schedules set that of a kernel."""
+        return {name: group.kernel.get_learning_rate() for group in self._groups for name in group.names}
+
+    def set_learning_rates(self, rates: Mapping[str, float]) -> None:
+        """Set each kernel's learning rate to that of its first table, where ``rates`` has it."""
+        for group in self._groups:
+            if group.names[0] in rates:
+                group.kernel.set_learning_rate(rates[group.names[0]])
+
     def kernel_state(self) -> dict[str, Any]:
-        """Return what the kernels hold besides weights, by table however these are dealt: optimizer state, step counters."""
+        """Return what the kernels hold besides weights, by table however dealt: optimizer state, step counters, rates."""
         counters = {
             name: [group.kernel.iter.clone(), group.kernel.iter_cpu.clone()]
             for group in self._groups
             if hasattr(group.kernel, "iter")
             for name in group.names
         }
-        return {"optimizer": self.optimizer_states(), "counters": counters}
+        return {"optimizer": self.optimizer_states(), "counters": counters, "rates": self.learning_rates()}
 
     @torch.no_grad()
     def load_kernel_state(self, state: Mapping[str, Any]) -> None:
@@ -152,6 +163,7 @@ class FusedEmbeddingBags(EmbeddingBagCollectionInterface):
                 steps, steps_cpu = state["counters"][group.names[0]]
                 group.kernel.iter.copy_(steps)
                 group.kernel.iter_cpu.copy_(steps_cpu)
+        self.set_learning_rates(state.get("rates", {}))  # older states have none
 
 
 class _Group:
@@ -233,12 +245,20 @@ def requested(collection: nn.Module, fused_params: Mapping[str, Any] | None) -> 
     """Return the ``fused_params`` asked for: given, or by the marks of TorchRec's ``apply_optimizer_in_backward``."""
     if fused_params is not None:
         return dict(fused_params)
-    marks = [p for p in collection.parameters() if getattr(p, "_optimizer_classes", None)]
+    marks = {n: _from_marks(p) for n, p in collection.named_parameters() if getattr(p, "_optimizer_classes", None)}
     if not marks:
         return None
     if len(marks) < len(list(collection.parameters())):
         raise SessionError("apply_optimizer_in_backward must mark every table of a collection, or none.")
-    return _from_marks(marks[0])
+    first, *others = marks
+    for name in others:
+        if marks[name] != marks[first]:
+            raise SessionError(
+                "apply_optimizer_in_backward must mark all tables of a collection alike, since fused kernels train them by one "
+                f"optimizer; {first!r} has {marks[first]}, and {name!r} has {marks[name]}.\n  Possible solutions: 1) the same "
+                "optimizer and settings for both  2) a collection for each."
+            )
+    return marks[first]
 
 
 def _from_marks(parameter: nn.Parameter) -> dict[str, Any]:
@@ -252,16 +272,26 @@ def _from_marks(parameter: nn.Parameter) -> dict[str, Any]:
     return params
 
 
+@torch.enable_grad()  # without it a parameter has no node to hook the optimizer to
+def mark_alike(old: Tensor, new: nn.Parameter) -> None:
+    """Have ``new`` trained in the backward as ``old`` is, where TorchRec's ``apply_optimizer_in_backward`` marked that."""
+    if new.requires_grad:
+        optimizers, options = getattr(old, "_optimizer_classes", ()), getattr(old, "_optimizer_kwargs", ())
+        for optimizer, settings in zip(optimizers, options, strict=True):
+            apply_optimizer_in_backward(optimizer, [new], settings)
+
+
 @torch.no_grad()
 def carry_state(old: FusedEmbeddingBags, new: FusedEmbeddingBags, slices: Mapping[str, Sequence[tuple[str, Slice]]]) -> None:
-    """Copy optimizer state of old tables to the new tables that keep parts of them.
+    """Copy optimizer state and learning rates of old tables to the new tables that keep parts of them.
 
     Args:
         old: the collection before.
         new: the collection after.
         slices: per old table, the names of new tables with what each keeps.
     """
-    states, targets = old.optimizer_states(), new.optimizer_states()
+    states, targets, rates = old.optimizer_states(), new.optimizer_states(), old.learning_rates()
+    new.set_learning_rates({name: rates[table] for table, parts in slices.items() for name, _ in parts})
     for table, parts in slices.items():
         for name, part in parts:
             for key, target in targets.get(name, {}).items():

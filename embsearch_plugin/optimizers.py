@@ -1,7 +1,7 @@
 """What a search asks of the user's optimizer: that its step hook fires, and that its state can follow the weights."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,11 +71,16 @@ class Slice:
 
     @torch.no_grad()
     def fill(self, old: nn.Parameter) -> None:
-        """Write the kept weights, times their gates, in their new basis, into the new parameter; frozen stays frozen."""
+        """Write the kept weights, times their gates, in their new basis, into the new parameter; frozen stays frozen.
+
+        There is nothing to write where they are on the meta device.
+        """
+        self.new.requires_grad_(old.requires_grad)
+        if old.is_meta:
+            return
         kept = self.of(old)
         kept = kept if self.gates is None else kept.float() * self.gates.to(kept.device)
         self.new.copy_(kept if self.rotation is None else kept.float() @ self.rotation.to(kept.device))
-        self.new.requires_grad_(old.requires_grad)
 
     def of(self, old: Tensor) -> Tensor:
         """Return the kept part of a tensor (V, D), or of one with a value per row, (V,) or (V, 1)."""
@@ -104,23 +109,13 @@ class Slice:
         return (kept * scale).to(kept.dtype)
 
 
-def replace_parameter(optimizer: Optimizer, old: nn.Parameter, slices: Sequence[Slice]) -> bool:
-    """Put new parameters in the place of ``old``, with their part of its state; return whether ``old`` was there."""
+def exchange(
+    optimizer: Optimizer, old: nn.Parameter, new: Sequence[nn.Parameter], states: Sequence[dict[str, Any]] = ()
+) -> bool:
+    """Put new parameters in the place of ``old``, with a state each where there are any; return whether ``old`` was there."""
     if isinstance(optimizer, CombinedOptimizer):  # its state is a copy of that of the optimizers inside
-        return any(replace_parameter(inner, old, slices) for _, inner in optimizer.optimizers)
-    state = optimizer.state.get(old, {})
-    if not exchange(optimizer, old, [part.new for part in slices]):
-        return False
-    for part in slices if state else ():
-        optimizer.state[part.new] = carried_state(state, old.shape, part)
-    return True
-
-
-def exchange(optimizer: Optimizer, old: nn.Parameter, new: Sequence[nn.Parameter]) -> bool:
-    """Put new parameters in the place of ``old``, without its state; return whether ``old`` was there."""
-    if isinstance(optimizer, CombinedOptimizer):
-        return any(exchange(inner, old, new) for _, inner in optimizer.optimizers)
-    group, index = next(((g, i) for g in optimizer.param_groups for i, p in enumerate(g["params"]) if p is old), (None, 0))
+        return any(exchange(inner, old, new, states) for _, inner in optimizer.optimizers)
+    group, index = _place(optimizer, old)
     if group is None:
         return False
     group["params"][index : index + 1] = new
@@ -128,17 +123,24 @@ def exchange(optimizer: Optimizer, old: nn.Parameter, new: Sequence[nn.Parameter
         name = group["param_names"][index]
         group["param_names"][index : index + 1] = [f"{name}#{number}" for number in range(len(new))]
     optimizer.state.pop(old, None)
+    optimizer.state.update(zip(new, states, strict=False))
     return True
 
 
+def _place(optimizer: Optimizer, parameter: nn.Parameter) -> tuple[dict[str, Any] | None, int]:
+    """Return the group that holds ``parameter``, and its place there; no group where none does."""
+    groups = optimizer.param_groups
+    return next(((group, i) for group in groups for i, p in enumerate(group["params"]) if p is parameter), (None, 0))
+
+
 def add_beside(optimizer: Optimizer, known: nn.Parameter, new: Sequence[nn.Parameter]) -> bool:
-    """Put new parameters, without state, into the group of ``known``; return whether ``known`` was there."""
+    """Put new parameters, without state, behind ``known`` in its group; return whether ``known`` was there."""
     if isinstance(optimizer, CombinedOptimizer):
         return any(add_beside(inner, known, new) for _, inner in optimizer.optimizers)
-    group = next((g for g in optimizer.param_groups if any(p is known for p in g["params"])), None)
+    group, index = _place(optimizer, known)
     if group is None:
         return False
-    join(group, new)
+    join(group, new, index + 1)
     return True
 
 
@@ -148,16 +150,53 @@ def add_to_any(optimizers: Sequence[Optimizer], known: nn.Parameter, new: Sequen
         join(optimizers[0].param_groups[0], new)
 
 
-def join(group: dict[str, Any], new: Sequence[nn.Parameter]) -> None:
-    """Put new parameters into a group that is there: schedulers know no groups but those that were there before them."""
-    group["params"] += new
+def join(group: dict[str, Any], new: Sequence[nn.Parameter], place: int | None = None) -> None:
+    """Put new parameters into a group that is there: schedulers know no groups but those that were there before them.
+
+    They stand from ``place`` on, by default at the end.
+    """
+    place = len(group["params"]) if place is None else place
+    group["params"][place:place] = new
     if "param_names" in group:
-        group["param_names"] += [f"embsearch#{len(group['param_names']) + number}" for number in range(len(new))]
+        names = [f"embsearch#{len(group['param_names']) + number}" for number in range(len(new))]
+        group["param_names"][place:place] = names
+
+
+def groups_in_order(optimizers: Sequence[Optimizer], parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+    """Return the groups that hold ``parameters`` in their order, as one of ``model.parameters()`` does; others do not count."""
+    places = _places_of(parameters)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    held = [[places[id(p)] for p in group["params"] if id(p) in places] for group in groups]
+    return [group for group, found in zip(groups, held, strict=True) if found == sorted(found)]
+
+
+def put_in_order(groups: Sequence[dict[str, Any]], parameters: Iterable[nn.Parameter]) -> None:
+    """Let groups hold ``parameters`` in their order; others stay where they are.
+
+    The state of an optimizer is loaded by place, so it then fits one that is made of a model loaded in a new process.
+    """
+    places = _places_of(parameters)
+    for group in groups:
+        now = [i for i, p in enumerate(group["params"]) if id(p) in places]
+        wanted = sorted(now, key=lambda i: places[id(group["params"][i])])
+        for key in {"params", "param_names"} & group.keys():
+            for i, item in zip(now, [group[key][i] for i in wanted], strict=True):
+                group[key][i] = item
+
+
+def _places_of(parameters: Iterable[nn.Parameter]) -> dict[int, int]:
+    return {id(parameter): place for place, parameter in enumerate(parameters)}
 
 
 def takers_of_dense(optimizers: Sequence[Optimizer]) -> list[Optimizer]:
     """Return the optimizers that take gradients of any layout: SparseAdam takes those of sparse tables only."""
     return [optimizer for optimizer in optimizers if not isinstance(optimizer, torch.optim.SparseAdam)]
+
+
+def carried_states(optimizer: Optimizer, old: nn.Parameter, slices: Sequence[Slice]) -> list[dict[str, Any]]:
+    """Return the state of each new parameter; none where ``old`` has none yet. Nothing is changed."""
+    state = optimizer.state.get(old)
+    return [carried_state(state, old.shape, part) for part in slices] if state else []
 
 
 def carried_state(state: dict[str, Any], shape: torch.Size, part: Slice) -> dict[str, Any]:
@@ -166,15 +205,23 @@ def carried_state(state: dict[str, Any], shape: torch.Size, part: Slice) -> dict
     if part.rotation is not None:  # a rewrite says so once for all tables
         return carried
     for name, value in state.items():
-        if not isinstance(value, Tensor) or value.dim() == 0:
-            carried[name] = value.clone() if isinstance(value, Tensor) else value
-            continue
-        if name == "momentum_buffer" and "square_avg" in state:  # RMSprop's: steps, free of the gradient's scale
-            moments: Tensor | None = part.of(value)
+        if isinstance(value, Tensor) and value.dim() == 0:
+            carried[name] = value.clone()
+        elif value is None or isinstance(value, int | float | str):
+            carried[name] = value
         else:
-            moments = part.moments(name, value) if value.shape[0] == shape[0] else None
-        if moments is None:
-            log.warning("optimizer state %r cannot follow a compacted table; it starts anew", name)
-            return {}
-        carried[name] = moments
+            carried[name] = _carried_moments(state, name, shape, part)
+            if carried[name] is None:
+                log.warning("optimizer state %r cannot follow a compacted table; it starts anew", name)
+                return {}
     return carried
+
+
+def _carried_moments(state: dict[str, Any], name: str, shape: torch.Size, part: Slice) -> Tensor | None:
+    """Return what a new parameter keeps of moments per weight or per row; ``None`` where they are neither, or not known."""
+    value = state[name]
+    if not isinstance(value, Tensor) or value.shape not in (shape, shape[:1], (shape[0], 1)):
+        return None
+    if name == "momentum_buffer" and "square_avg" in state:  # RMSprop's: steps, free of the gradient's scale
+        return part.of(value)
+    return part.moments(name, value)

@@ -1,7 +1,9 @@
 """A plan on a fresh model, and saving a compact model with its plan."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -10,8 +12,10 @@ from embsearch_plugin.compact.collection import CompactEmbeddingBagCollection
 from embsearch_plugin.compact.rewrite import compact_form, slices_of
 from embsearch_plugin.errors import PlanError
 from embsearch_plugin.files import atomic
-from embsearch_plugin.plan import SizePlan, mismatch
+from embsearch_plugin.fused import mark_alike
+from embsearch_plugin.plan import SizePlan, TablePlan, mismatch
 from embsearch_plugin.plugins import find_collections
+from embsearch_plugin.search.tables import refuse_ties
 
 PLAN, WEIGHTS = "plan.json", "model.safetensors"
 
@@ -21,22 +25,26 @@ def apply(model: nn.Module, plan: SizePlan) -> nn.Module:
 
     The kept weights are the model's own: a fresh model stays fresh, a trained one is pruned in one shot. Where the plan has a
     projection, that starts as the identity: the searched model's own basis is what :meth:`Session.compact` knows, not a plan.
+    Tables that TorchRec's ``apply_optimizer_in_backward`` marked stay marked, and begin with a new optimizer state.
 
     Raises:
         PlanError: where the plan is for another model.
+        UnsupportedCollection: where the model uses a table's weights elsewhere too.
     """
     found = find_collections(model)
     tables = [table for collection in found for table in collection.tables]
     if tables != [p.table for p in plan.tables]:
         raise PlanError(mismatch(tables, plan))
     for collection in found:
+        refuse_ties(model, collection)
+    for collection in found:
         plans = plan.for_collection(collection.paths[0])
         compact = compact_form(collection, plans, collection.module.training)
         for index, table in enumerate(collection.tables):
             weight = collection.module.get_parameter(f"embedding_bags.{table.name}.weight")
             for part in slices_of(compact, index, plans[index]):
-                if not weight.is_meta:
-                    part.fill(weight)
+                part.fill(weight)
+                mark_alike(weight, part.new)
         collection.replace_in(model, compact)
     return model
 
@@ -48,16 +56,45 @@ def save(model: nn.Module, plan: SizePlan, folder: str | Path) -> None:
         PlanError: where ``model`` is not the compact model of ``plan``.
     """
     folder = Path(folder)
-    planned = [p.table for p in plan.tables]
-    present = [p for m in model.modules() if isinstance(m, CompactEmbeddingBagCollection) for p in m.tables]
-    if planned != present:
+    model = getattr(model, "_orig_mod", model)  # of torch.compile, whose state has other names
+    _check_is_of(plan, model)
+    with atomic(folder / WEIGHTS) as temporary:
+        save_file(_unique(model), temporary)
+    plan.save(folder / PLAN)
+
+
+def _check_is_of(plan: SizePlan, model: nn.Module) -> None:
+    """Make sure that a model's compact collections are those of the plan, and where it says."""
+    stored = {path: m for path, m in model.named_modules() if isinstance(m, CompactEmbeddingBagCollection)}
+    if [p.table for p in plan.tables] != [table for compact in stored.values() for table in compact.tables]:
         raise PlanError(
             "save takes a compact model and its plan; this model's tables are not the plan's.\n"
             "  Possible solution: es.save(session.compact(plan), plan, folder)."
         )
-    with atomic(folder / WEIGHTS) as temporary:
-        save_file(_unique(model), temporary)
-    plan.save(folder / PLAN)
+    for path, compact in stored.items():
+        plans = plan.for_collection(path)
+        if [p.table for p in plans] != list(compact.tables):
+            raise PlanError(
+                f"save takes the model that was compacted, not one around it: {compact.tables[0].collection!r} of the plan is "
+                f"{path!r} here.\n  Possible solution: es.save(model.module, plan, folder), where the model is in a wrapper."
+            )
+        if not _stores(compact, plans):
+            raise PlanError(
+                f"{path!r} does not store the rows and columns of this plan, but those of another for the same tables.\n"
+                "  Possible solution: save the model with the plan that compact or apply was given."
+            )
+
+
+def _stores(compact: CompactEmbeddingBagCollection, plans: Sequence[TablePlan]) -> bool:
+    """Whether a collection has the tensors that ``plans`` ask for, and in its buffers what they say."""
+    built = CompactEmbeddingBagCollection(
+        compact.embedding_bag_configs(), plans, compact.is_weighted(), torch.device("meta")
+    ).state_dict()
+    state = compact.state_dict()
+    return built.keys() == state.keys() and all(
+        state[name].shape == tensor.shape and (tensor.is_meta or torch.equal(state[name].cpu(), tensor))
+        for name, tensor in built.items()
+    )
 
 
 def load(folder: str | Path, model: nn.Module) -> nn.Module:
@@ -76,8 +113,9 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
     if wanted != weights.keys():
         missing, extra = sorted(wanted - weights.keys()), sorted(weights.keys() - wanted)
         raise PlanError(f"{folder / WEIGHTS} is for another model: it lacks {missing[:3]} and has {extra[:3]} besides.")
+    assign = any(p.is_meta for p in model.parameters())
     try:
-        model.load_state_dict(weights, strict=False, assign=any(p.is_meta for p in model.parameters()))
+        model.load_state_dict(_replacements(model, weights) if assign else weights, strict=False, assign=assign)
     except RuntimeError as error:
         raise PlanError(f"{folder / WEIGHTS} is for another model: {error}") from error
     return model
@@ -88,4 +126,20 @@ def _unique(model: nn.Module) -> dict[str, Tensor]:
     named: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         named.setdefault(id(tensor), (name, tensor))
-    return {name: tensor.detach().clone() for name, tensor in named.values()}
+    return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in named.values()}
+
+
+def _replacements(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return what takes the place of the model's tensors, under each of their names: aliases stay one."""
+    state = model.state_dict(keep_vars=True)
+    made = {id(old): _replacement(old, weights[name]) for name, old in state.items() if name in weights}
+    return {name: made[id(old)] for name, old in state.items()}
+
+
+def _replacement(old: Tensor, loaded: Tensor) -> Tensor:
+    """Return a loaded tensor as what ``old`` is: a buffer, or a parameter that is frozen or trained alike."""
+    if not isinstance(old, nn.Parameter):
+        return loaded
+    new = nn.Parameter(loaded, old.requires_grad)
+    mark_alike(old, new)
+    return new

@@ -20,7 +20,7 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.warmup import WarmupOptimizer, WarmupPolicy, WarmupStage
 
 from embsearch_plugin.errors import AttachError
-from embsearch_plugin.optimizers import Slice, check_hook_fires, replace_parameter
+from embsearch_plugin.optimizers import Slice, carried_states, check_hook_fires, exchange
 
 # Step hooks.
 
@@ -120,6 +120,10 @@ def slice_of(rows: Sequence[int] | None, columns: Sequence[int] | None, gates: T
         None if columns is None else torch.tensor(columns),
     )
     return part if gates is None else Slice(part.new, part.rows, part.columns, gates=part.of(gates))
+
+
+def replace_parameter(optimizer: Optimizer, old: nn.Parameter, slices: Sequence[Slice]) -> bool:
+    return exchange(optimizer, old, [part.new for part in slices], carried_states(optimizer, old, slices))
 
 
 def picked(table: Tensor, rows: Sequence[int] | None, columns: Sequence[int] | None) -> list[list[float]]:
@@ -365,3 +369,16 @@ def test_state_that_is_not_per_row_starts_anew(caplog: pytest.LogCaptureFixture)
     assert not optimizer.state[part.new]
     assert "'col_var' cannot follow" in caplog.text
     step(optimizer, part.new, torch.ones(2, D), lr=0.1)
+
+
+@pytest.mark.parametrize("columns", [None, [3]])
+@pytest.mark.parametrize("value", [torch.ones(V, 2), torch.ones(V, D, 1), torch.ones(D, V), [torch.ones(V, D)]])
+def test_state_of_a_form_that_is_not_the_tables_starts_anew(
+    value: Any, columns: list[int] | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    old, part = nn.Parameter(torch.ones(V, D)), slice_of([2, 1], columns)
+    optimizer = torch.optim.SGD([old], momentum=0.9)
+    optimizer.state[old] = {"momentum_buffer": torch.ones(V, D), "factors": value}
+    replace_parameter(optimizer, old, [part])
+    assert not optimizer.state[part.new]
+    assert "'factors' cannot follow" in caplog.text

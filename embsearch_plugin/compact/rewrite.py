@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,15 @@ from embsearch_plugin.collection import FoundCollection
 from embsearch_plugin.compact.collection import CompactEmbeddingBagCollection, chunk_name
 from embsearch_plugin.compact.fold import UNFOLDED, Fold
 from embsearch_plugin.fused import FusedEmbeddingBags, carry_state
-from embsearch_plugin.optimizers import Slice, add_to_any, replace_parameter, takers_of_dense
+from embsearch_plugin.optimizers import (
+    Slice,
+    add_to_any,
+    carried_states,
+    exchange,
+    groups_in_order,
+    put_in_order,
+    takers_of_dense,
+)
 from embsearch_plugin.plan import Chunk, SizePlan, TablePlan
 from embsearch_plugin.plugins import build_compact
 from embsearch_plugin.search.tables import SearchedTables
@@ -96,25 +105,28 @@ def rewrite(
 ) -> list[str]:
     """Replace every searchable collection by its compact form, weights and optimizer state carried over.
 
-    Everything is built and filled before anything is replaced.
+    Everything is built, filled and worked out before anything is replaced.
 
     Returns:
         The tables that can be trained and that no optimizer holds.
     """
     by_collection = zip(tables.split(plan.tables), tables.split(folds), strict=True)
-    rewritten = [_rewritten(tables, number, *parts) for number, parts in enumerate(by_collection)]
+    rewritten = [_rewritten(tables, number, *parts, optimizers) for number, parts in enumerate(by_collection)]
     rotated = sum(fold.rotation is not None for fold in folds)
     if rotated:
         log.info("optimizer state starts anew for %d of %d tables, which are stored in another basis", rotated, len(folds))
+    leaving = {id(parameter) for parameter in tables.form_parameters()}  # they may have joined a group late, at its end
+    in_order = groups_in_order(optimizers, [p for p in model.parameters() if id(p) not in leaving])
     orphans = []
-    for found, supernet, (compact, slices) in zip(tables.found, tables.supernets, rewritten, strict=True):
+    for found, supernet, (compact, replacements) in zip(tables.found, tables.supernets, rewritten, strict=True):
         found.replace_in(model, compact)
-        for index, parts in enumerate(slices):
+        for index, (new, states) in enumerate(replacements):
             weight = supernet.table_weight(index)
             _exchange_outputs(compact, supernet, index, optimizers)
-            held = [replace_parameter(optimizer, weight, parts) for optimizer in optimizers]
-            if not any(held) and weight.requires_grad and supernet.is_plain and parts:
+            held = [exchange(optimizer, weight, new, state) for optimizer, state in zip(optimizers, states, strict=True)]
+            if not any(held) and weight.requires_grad and supernet.is_plain and new:
                 orphans.append(str(found.tables[index]))
+    put_in_order(in_order, model.parameters())
     return orphans
 
 
@@ -126,13 +138,13 @@ def _exchange_outputs(
 ) -> None:
     """Let the optimizers train a table's projection and bias in place of what followed its lookup; their state is new.
 
-    They join the table's group; where no optimizer holds the table (fused kernels train it), or one that takes sparse
+    They stand behind the table in its group; where no optimizer holds it (fused kernels train it), or one that takes sparse
     gradients only, they join the first optimizer that takes theirs.
     """
     new = list(compact.index[index].parameters())
     for parameter in supernet.form_parameters(index):
         for optimizer in optimizers:
-            replace_parameter(optimizer, parameter, [])
+            exchange(optimizer, parameter, [])
     dense = takers_of_dense(optimizers)
     if new and dense:
         add_to_any(dense, supernet.table_weight(index), new)
@@ -142,10 +154,14 @@ def _exchange_outputs(
         )
 
 
+_Replacement = tuple[list[nn.Parameter], list[list[dict[str, Any]]]]
+"""The parameters in the place of a table, and per optimizer the states of them, if it has any."""
+
+
 def _rewritten(
-    tables: SearchedTables, number: int, plans: Sequence[TablePlan], folds: Sequence[Fold]
-) -> tuple[CompactEmbeddingBagCollection, list[list[Slice]]]:
-    """Build and fill one collection's compact form; return it with what each of its parameters keeps of each table."""
+    tables: SearchedTables, number: int, plans: Sequence[TablePlan], folds: Sequence[Fold], optimizers: Sequence[Optimizer]
+) -> tuple[CompactEmbeddingBagCollection, list[_Replacement]]:
+    """Build and fill one collection's compact form; return it with what takes the place of each table."""
     found, supernet = tables.found[number], tables.supernets[number]
     compact = compact_form(found, plans, supernet.training)
     slices = []
@@ -158,7 +174,10 @@ def _rewritten(
         _fill_outputs(compact.index[index], folds[index])
     if isinstance(supernet.inner, FusedEmbeddingBags):
         _fuse_alike(supernet.inner, compact, slices)
-    return compact, slices
+    return compact, [
+        ([part.new for part in parts], [carried_states(each, supernet.table_weight(index), parts) for each in optimizers])
+        for index, parts in enumerate(slices)
+    ]
 
 
 @torch.no_grad()

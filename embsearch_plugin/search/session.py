@@ -423,8 +423,10 @@ class Session:
             )
         if distributed.world_size() > 1:
             log.warning("the model has new parameters: wrap it in DistributedDataParallel anew")
-        self._plugins.hook.embsearch_search_end(session=self, plan=plan)
-        self._leave()
+        try:
+            self._plugins.hook.embsearch_search_end(session=self, plan=plan)
+        finally:  # whatever an observer raises, the model is compact
+            self._leave()
         return self.model
 
     def _leave(self) -> None:

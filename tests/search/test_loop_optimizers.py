@@ -1,6 +1,9 @@
 """The optimizers of the user's loop: which train what a search adds and leaves, and what they remember."""
 
+import copy
 import logging
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -130,3 +133,51 @@ def test_schedulers_that_were_made_before_the_search_go_on(algorithm: Any) -> No
     session.compact(session.derive())
     fit(range(6, 9))
     assert len(dense.param_groups) == 1
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("algorithm", [*FORMED, "dnis", "fine"])
+def test_fine_tuning_is_resumed_by_a_new_optimizer_of_the_loaded_model(algorithm: str, before: bool, tmp_path: Path) -> None:
+    config = FORMED.get(algorithm) or es.Dnis(warm_up=2, lr=0.1, fine_grained=algorithm == "fine")
+    model, adam = task(PLAIN), partial(torch.optim.Adam, lr=0.01)
+    optimizer = adam(model.named_parameters()) if before else None
+    session = es.prepare(model, algorithm=config, budget="70%")
+    optimizer = optimizer or adam(model.named_parameters())
+    session.attach(optimizer, validation=[PLAIN.batch(seed=900)])
+    train(model, optimizer, [PLAIN.batch(seed=i) for i in range(8)])
+    plan = session.derive()
+    session.compact(plan)
+    train(model, optimizer, [PLAIN.batch(seed=i) for i in range(3)])
+    es.save(model, plan, tmp_path)
+    loaded = es.load(tmp_path, task(PLAIN, seed=1))
+    resumed = adam(loaded.named_parameters())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    losses = []
+    for each, trained in ((model, optimizer), (loaded, resumed)):
+        torch.manual_seed(3)
+        losses.append(train(each, trained, [PLAIN.batch(seed=20 + i) for i in range(5)]))
+    assert losses[0] == losses[1]
+
+
+def test_what_a_compact_model_adds_stands_by_its_table_in_an_optimizer_of_more_than_the_model() -> None:
+    model = task(PLAIN)
+    first, last = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD([*first.parameters(), *model.parameters(), *last.parameters()], lr=0.1)
+    session = es.prepare(model, algorithm=FORMED["spectral"])
+    session.attach(optimizer, validation=[PLAIN.batch(seed=900)])
+    train(model, optimizer, [PLAIN.batch(seed=i) for i in range(4)])
+    session.compact(session.derive("70%"))
+    assert any("projection" in name for name, _ in model.named_parameters())
+    expected = [*first.parameters(), *model.parameters(), *last.parameters()]
+    assert list(map(id, optimizer.param_groups[0]["params"])) == list(map(id, expected))
+
+
+def test_a_group_in_an_order_of_its_own_keeps_it() -> None:
+    model = task(PLAIN)
+    optimizer = torch.optim.SGD([*model.over.parameters(), *reversed(list(model.collection.parameters()))], lr=0.1)
+    session = es.prepare(model, algorithm=es.Dnis(warm_up=2, lr=0.1))
+    session.attach(optimizer, validation=[PLAIN.batch(seed=900)])
+    train(model, optimizer, [PLAIN.batch(seed=i) for i in range(4)])
+    session.compact(session.derive("100%"))
+    expected = [*model.over.parameters(), *reversed(list(model.collection.parameters()))]
+    assert list(map(id, optimizer.param_groups[0]["params"])) == list(map(id, expected))

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 import embsearch_plugin as es
 from embsearch_plugin.errors import SessionError
 from embsearch_plugin.fused import FusedEmbeddingBags
+from embsearch_plugin.optimizers import Slice
 from embsearch_plugin.plan import SizePlan
 
 FUSED = {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "learning_rate": 0.05}
@@ -50,6 +51,36 @@ def test_after_compact_the_search_is_over() -> None:
         with pytest.raises(SessionError, match="this search is over"):
             call()
     assert model is not None
+
+
+def test_a_rewrite_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, session, optimizer = searched(PLAIN)
+    plan, collection, before = session.derive(), model.collection, str(optimizer.state_dict())
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(Slice, "moments", None)
+        session.compact(plan)
+    assert model.collection is collection
+    assert str(optimizer.state_dict()) == before
+    assert stored_bytes(session.compact(plan)) == plan.size_bytes
+
+
+def test_the_search_is_over_though_an_observer_fails_at_its_end() -> None:
+    class Full:
+        @es.hookimpl
+        def embsearch_search_end(self) -> None:
+            raise OSError("disk full")
+
+    model, session, optimizer = searched(PLAIN)
+    session.register(Full())
+    plan = session.derive()
+    with pytest.raises(OSError, match="disk full"):
+        session.compact(plan)
+    assert stored_bytes(model) == plan.size_bytes
+    with pytest.raises(SessionError, match="this search is over"):
+        session.compact(plan)
+    before = tables_of(model)
+    train(model, optimizer, [PLAIN.batch()])
+    assert moved(model, before)
 
 
 def test_old_tables_are_let_go() -> None:
