@@ -12,7 +12,7 @@ import fcntl
 import json
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import ndiff
@@ -121,6 +121,7 @@ class Matrix:
         Raises:
             SpaceError: where a method, the space, or fused kernels do not fit the tables.
             DataError: where a split holds no examples.
+            RecipeError: where the training is too short for a search to come to a plan.
         """
         for config in self.recipe.search.methods.values():
             space = config.space(self.recipe.search.space)
@@ -130,6 +131,18 @@ class Matrix:
         for split in get_args(Split):
             if not any(len(batch.labels) for batch in islice(self.data.batches(split, 1), 1)):
                 raise DataError(f"every split must hold examples; {split!r} holds none. Try: more data, or other fractions.")
+        for name, config in self.recipe.search.methods.items():
+            self._check_steps(name, config)
+
+    def _check_steps(self, name: str, config: SearchConfig) -> None:
+        train, batches = self.recipe.train, self.data.batches("train", self.recipe.train.batch_size)
+        least = (config.warm_up or config.every) + config.every * (config.least_search_steps - 1)
+        if config.trains and isinstance(batches, Sized) and (steps := train.epochs * len(batches)) < least:
+            raise RecipeError(
+                f"{name} must have {least:,} weight steps to come to a plan; {train.epochs} epochs of {len(batches):,} batches "
+                f"are {steps:,}.\n  Possible solutions: 1) more train.epochs  2) a smaller train.batch_size  3) a smaller "
+                "warm_up or every of the algorithm."
+            )
 
     def train_trials(self) -> dict[Contest, Choice]:
         """Train all trials from the first seed; return, for each method and budget, what is best on validation."""

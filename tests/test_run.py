@@ -533,6 +533,11 @@ def test_what_did_not_converge_is_said(tmp_path: Path) -> None:
         ({"search": {"baselines": (Uniform(dim=3),)}}, "dims must be multiples of align=4; got 3"),
         ({"data": replace(DATA, examples=3)}, "'test' holds none"),
         ({"model": Fm(8), "train": {"fused": Fused()}}, "widths that are multiples of 4; table .* has dim 1"),
+        ({"train": {"batch_size": 4000}}, "dnis must have 5 weight steps to come to a plan; 2 epochs of 1 batches are 2"),
+        (
+            {"search": {"baselines": (Magnitude(rounds=3, every=400),)}},
+            "magnitude must have 850 weight steps",
+        ),
         ({"model": NeuMf(8)}, "must know a user's fields from an item's"),
     ],
 )
