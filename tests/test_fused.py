@@ -37,6 +37,14 @@ def test_several_kernels_do_what_one_does(name: str, columns: int) -> None:
             torch.testing.assert_close(several.optimizer_states()[table][key], tensor, atol=0, rtol=0)
 
 
+def test_fused_kernels_of_replicas_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = task(PLAIN)
+    es.prepare(model, fused={"optimizer": EmbOptimType.EXACT_SGD, "learning_rate": 0.1})
+    monkeypatch.setattr("embsearch_plugin.distributed.world_size", lambda: 2)
+    with pytest.raises(SessionError, match="replicas would drift apart"):
+        model(PLAIN.batch())
+
+
 def test_tables_are_dealt_evenly() -> None:
     collection = FusedEmbeddingBags(WORLDS["unequal dims"].collection(), ADAGRAD, kernel_columns=16)
     assert [len(kernel.split_embedding_weights()) for kernel in collection.kernels] == [1, 2]

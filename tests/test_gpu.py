@@ -57,6 +57,7 @@ def test_a_search_moved_to_a_gpu_yields_what_answers_alike_on_the_cpu(algorithm:
     model.to(CUDA)
     plan = session.derive()
     session.compact(plan)
+    assert {tensor.device.type for tensor in [*model.parameters(), *model.buffers()]} == {"cuda"}
     es.save(model, plan, tmp_path)
     loaded = es.load(tmp_path, task(WORLDS[world], seed=9).to(CPU))
     batch = WORLDS[world].batch(seed=33)

@@ -163,7 +163,7 @@ def _rewritten(
 ) -> tuple[CompactEmbeddingBagCollection, list[_Replacement]]:
     """Build and fill one collection's compact form; return it with what takes the place of each table."""
     found, supernet = tables.found[number], tables.supernets[number]
-    compact = compact_form(found, plans, supernet.training)
+    compact = compact_form(found, plans, supernet.training).to(supernet.device)
     slices = []
     for index, plan in enumerate(plans):
         cut = None if tables.blocks is None else tables.split(tables.blocks)[number][index]

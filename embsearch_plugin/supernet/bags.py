@@ -66,7 +66,7 @@ def describe_bad_ids(table: str, feature: str, rows: int, ids: Tensor) -> str:
 
 def check_ids(table: str, feature: str, rows: int, ids: Tensor) -> None:
     """Raise an InputError where an id has no row. Costs one pass over the ids."""
-    if ids.numel():
+    if ids.numel() and not torch.compiler.is_exporting():  # what is exported cannot depend on ids
         least, greatest = torch.stack(torch.aminmax(ids)).tolist()
         if least < 0 or greatest >= rows:
             raise InputError(describe_bad_ids(table, feature, rows, ids))
@@ -79,7 +79,7 @@ def check_readers(features: KeyedJaggedTensor, readers: Sequence[tuple[str, str,
         features: the batch.
         readers: the tables' names, the features they read, and their rows.
     """
-    if not readers or (features.values().is_cuda and _have_rows(features, readers)):
+    if not readers or torch.compiler.is_exporting() or (features.values().is_cuda and _have_rows(features, readers)):
         return
     ids = ids_of(features)
     for table, feature, rows in readers:

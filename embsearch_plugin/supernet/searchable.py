@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
-from math import prod
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, Keyed
 from embsearch_plugin import distributed
 from embsearch_plugin.autocast import Autocast
 from embsearch_plugin.collection import Table
-from embsearch_plugin.errors import UnsupportedCollection
+from embsearch_plugin.errors import SessionError, UnsupportedCollection
 from embsearch_plugin.fused import FusedEmbeddingBags, requested
 from embsearch_plugin.space import RowBlocks
 from embsearch_plugin.supernet.bags import (
@@ -56,6 +55,7 @@ from embsearch_plugin.supernet.virtual import VirtualRows
 # Of long bags each kernel's output is S times as large as the collection's; smaller ones can take each other's memory. A GPU
 # has one kernel: there a step of 26 tables is mostly the time that it takes to launch them.
 KERNEL_COLUMNS = 256
+MOST_CELLS = 64  # of a feature that several tables read, whose blocks multiply; beyond, rows are gated one by one
 
 
 class TooSmallBatch(Exception):
@@ -216,6 +216,11 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         if isinstance(self.inner, EmbeddingBagCollection):
             params = requested(self.inner, self.fused_params)
             if params is not None:
+                if distributed.world_size() > 1:
+                    raise SessionError(
+                        "fused kernels train each process's tables by themselves, and replicas would drift apart.\n  Possible "
+                        "solutions: 1) DistributedModelParallel, which shards them  2) plain tables and a dense optimizer."
+                    )
                 columns = KERNEL_COLUMNS if self.device.type == "cpu" else None
                 self.inner = FusedEmbeddingBags(self.inner, params, kernel_columns=columns, ids_checked=True)
 
@@ -285,7 +290,8 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         if self.weighs or self._pieces is None:
             return torch.cat([look_up() for _, look_up in self._lookups(features)], 1)
         if has_long_bags(features):
-            return self._pool_split(features)
+            by_row = self.is_plain and self._most_cells() > MOST_CELLS
+            return self._pool_by_row(features) if by_row else self._pool_split(features)
         rows = self._gate_rows(features)  # before the lookup: it finds ids without a row, which fused kernels overwrite
         pooled = [look_up() for _, look_up in self._lookups(features)]
         return gate_rows(pooled, self._pieces.table(self._used), rows)
@@ -380,7 +386,7 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         """Return the cell of each id per feature; per slot, the block that each of the S cells stands for; and S."""
         by_feature = {f: [slot for slot in self.slots if slot.feature == f] for f in ids}
         blocks = {slot: self._gates[slot.table].shape[0] for slot in self.slots}
-        size = max(prod(blocks[slot] for slot in slots) for slots in by_feature.values())
+        size = self._most_cells()
         numbers = torch.arange(size, device=self.device)
         cells, digits = [], {}
         for feature, slots in by_feature.items():
@@ -392,6 +398,13 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
                 base *= blocks[slot]
             cells.append(cell)
         return cells, digits, size
+
+    def _most_cells(self) -> int:
+        """Return the largest number of cells of any feature: its tables' numbers of blocks multiplied."""
+        cells = dict.fromkeys(self._features, 1)
+        for slot in self.slots:
+            cells[slot.feature] *= self._gates[slot.table].shape[0]
+        return max(cells.values())
 
     def _pool_by_row(self, features: KeyedJaggedTensor) -> Tensor:
         """Look up row by row, gate and pool: (B, sum of dims). For what no kernel does, with operations that can be slow."""

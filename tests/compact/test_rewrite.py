@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support import DEVICE, PLAIN, WORLDS, searched, stored_bytes, task, train
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import embsearch_plugin as es
 from embsearch_plugin.collection import Table
@@ -149,6 +150,25 @@ def test_save_takes_a_compact_model_of_the_plan(tmp_path: object) -> None:
     _, session, _ = searched(PLAIN)
     with pytest.raises(PlanError, match="save takes a compact model and its plan"):
         es.save(task(PLAIN), session.derive(), tmp_path)
+
+
+def test_a_compact_model_can_be_exported() -> None:
+    _, session, _ = searched(PLAIN)
+    compact = session.compact(session.derive()).collection.eval()
+    features = PLAIN.features(16, seed=3)
+
+    class Unpacked(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.compact = compact
+
+        def forward(self, values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+            return self.compact(KeyedJaggedTensor(features.keys(), values, lengths=lengths)).values()
+
+    given = (features.values(), features.lengths())
+    with torch.no_grad():
+        exported = torch.export.export(Unpacked(), given, strict=False)
+        assert torch.allclose(exported.module()(*given), compact(features).values())
 
 
 def test_applying_twice_is_refused() -> None:

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
-from support import DEVICE, PLAIN, WORLDS, World, dlrm, relative_error, searched, task, train
+from support import DEVICE, PLAIN, SUM, WORLDS, World, dlrm, relative_error, searched, task, train
 from torch import Tensor
 from torchrec.modules.embedding_configs import PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
@@ -125,6 +125,29 @@ def test_fused_kernels_train_as_plain_tables_do(name: str, columns: int, monkeyp
         models.append(model)
     for mine, theirs in zip(models[1].parameters(), models[0].parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["several features", "shared feature"])
+def test_where_blocks_of_many_tables_multiply_rows_are_gated_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = WORLDS[name]
+    searchable, _, _ = gated(world)
+    batch = world.features(16, seed=4)
+    results = []
+    for most in (64, 0):
+        monkeypatch.setattr("embsearch_plugin.supernet.searchable.MOST_CELLS", most)
+        searchable.zero_grad()
+        output = searchable(batch).values()
+        (output * torch.linspace(-1, 1, output.shape[1], device=output.device)).sum().backward()
+        results.append([output.detach(), *(p.grad.clone() for p in searchable.parameters())])
+    assert searchable._most_cells() > 1
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*results, strict=True))
+
+
+def test_cells_that_multiply_cost_no_more_than_rows() -> None:
+    tables = tuple((f"t{i}", 500, 8, ("f",), SUM) for i in range(5))
+    searchable, _, _ = gated(World(tables, longest_bag=4))
+    assert searchable._most_cells() > 200
+    assert searchable(World(tables, longest_bag=4).features(16, seed=1)).values().shape == (16, 40)
 
 
 def test_state_dict_keeps_its_keys() -> None:
