@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingBagCollectionInterface
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from embsearch_plugin.compact.columns import Layout, take_columns
 from embsearch_plugin.compact.fine import FineTable, FixedIndex
@@ -167,7 +168,7 @@ class CompactEmbeddingBagCollection(EmbeddingBagCollectionInterface):
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Look up and pool: (B, sum of dims), keyed as the original."""
-        features = ordered(features, self._features)
+        features = ordered(maybe_td_to_kjt(features), self._features)
         check_readers(features, self._unchecked(features.values().is_cuda))
         lengths = dict(zip(self._features, features.lengths().view(len(self._features), -1), strict=True))
         output = self._stored_columns(features, lengths)

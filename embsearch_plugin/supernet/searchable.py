@@ -26,6 +26,7 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingBagCollectionInterface
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
+from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from embsearch_plugin import distributed
 from embsearch_plugin.autocast import Autocast
@@ -257,6 +258,7 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Look up, gate and pool: (B, sum of dims), keyed as the original."""
+        features = maybe_td_to_kjt(features)
         if self._candidates is not None and features.stride() < self.smallest_batch:
             raise TooSmallBatch
         self.fuse()

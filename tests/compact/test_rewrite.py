@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support import DEVICE, PLAIN, WORLDS, searched, stored_bytes, task, train
+from tensordict import TensorDict
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import embsearch_plugin as es
@@ -150,6 +151,16 @@ def test_save_takes_a_compact_model_of_the_plan(tmp_path: object) -> None:
     _, session, _ = searched(PLAIN)
     with pytest.raises(PlanError, match="save takes a compact model and its plan"):
         es.save(task(PLAIN), session.derive(), tmp_path)
+
+
+def test_a_tensordict_is_looked_up_as_by_torchrec() -> None:
+    model, session, _ = searched(PLAIN)
+    plan = session.derive()
+    features = PLAIN.features(16, seed=3)
+    bags = features.to_dict().items()
+    given = TensorDict({key: torch.nested.nested_tensor_from_jagged(bag.values(), bag.offsets()) for key, bag in bags})
+    for collection in (model.eval().collection, session.compact(plan).collection):
+        assert torch.equal(collection(given).values(), collection(features).values())
 
 
 def test_a_compact_model_can_be_exported() -> None:
