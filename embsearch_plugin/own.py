@@ -27,7 +27,7 @@ def imported(name: str) -> Callable[..., Any]:
     return getattr(found, "original", found)  # beneath es.searchable, where it is decorated
 
 
-def fits(function: Callable[..., Any], options: Mapping[str, Any]) -> str:
+def misfit(function: Callable[..., Any], options: Mapping[str, Any]) -> str:
     """Return why a function cannot be called with the options; nothing where it can. What it raises itself is its user's."""
     try:
         inspect.signature(function).bind(**options)

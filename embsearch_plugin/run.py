@@ -136,7 +136,7 @@ class Matrix:
 
     def _check_steps(self, name: str, config: SearchConfig) -> None:
         train, batches = self.recipe.train, self.data.batches("train", self.recipe.train.batch_size)
-        least = (config.warm_up or config.every) + config.every * (config.least_search_steps - 1)
+        least = config.least_weight_steps
         if config.trains and isinstance(batches, Sized) and (steps := train.epochs * len(batches)) < least:
             raise RecipeError(
                 f"{name} must have {least:,} weight steps to come to a plan; {train.epochs} epochs of {len(batches):,} batches "

@@ -76,23 +76,26 @@ def _found(module: nn.Module, paths: tuple[str, ...]) -> FoundCollection:
 
 def _refuse_changes(path: str, collection: EmbeddingBagCollection) -> None:
     """Raise where the collection, or a bag in it, does more than TorchRec made it do: a rewrite would lose that."""
-    if is_changed(collection):
-        raise UnsupportedCollection(_changed(path, "has hooks or a forward of its own"))
-    for name, bag in collection.embedding_bags.items():
-        if type(bag) is not nn.EmbeddingBag:
-            raise UnsupportedCollection(_changed(f"{path}.embedding_bags.{name}", f"is a {type(bag).__name__}"))
-        if is_changed(bag):
-            raise UnsupportedCollection(_changed(f"{path}.embedding_bags.{name}", "has hooks or a forward of its own"))
-        settings = [key for key in ("max_norm", "padding_idx") if getattr(bag, key) is not None]
-        if settings := settings + ["scale_grad_by_freq"] * bag.scale_grad_by_freq:
-            raise UnsupportedCollection(_changed(f"{path}.embedding_bags.{name}", f"sets {', '.join(settings)}"))
+    bags = {f"{path}.embedding_bags.{name}": bag for name, bag in collection.embedding_bags.items()}
+    for name, module in {path: collection, **bags}.items():
+        if what := _change(module):
+            raise UnsupportedCollection(
+                f"{name!r} {what}, which compact tables would not have.\n  Possible solution: do it in the module around the "
+                "EmbeddingBagCollection, on its input or output."
+            )
 
 
-def _changed(path: str, what: str) -> str:
-    return (
-        f"{path!r} {what}, which compact tables would not have.\n  Possible solution: do it in the module around the "
-        "EmbeddingBagCollection, on its input or output."
-    )
+def _change(module: nn.Module) -> str:
+    """Say what a collection, or a bag in it, does that TorchRec did not make it do; nothing where it does no more."""
+    if is_changed(module):
+        return "has hooks or a forward of its own"
+    if isinstance(module, EmbeddingBagCollection):
+        return ""
+    if type(module) is not nn.EmbeddingBag:
+        return f"is a {type(module).__name__}"
+    settings = {"max_norm": module.max_norm, "padding_idx": module.padding_idx, "scale_grad_by_freq": module.scale_grad_by_freq}
+    found = [name for name, value in settings.items() if value is not None and value is not False]
+    return f"sets {', '.join(found)}" if found else ""
 
 
 def _dtype_of(module: EmbeddingBagCollection, table: str) -> torch.dtype:

@@ -168,6 +168,11 @@ class SearchConfig(AlgorithmConfig):
         """How many search steps it takes until a plan is what it is meant to be."""
         return 1
 
+    @property
+    def least_weight_steps(self) -> int:
+        """How many weight steps it takes until then: the warm-up, and those between search steps."""
+        return (self.warm_up or self.every) + self.every * (self.least_search_steps - 1)
+
     def space(self, given: SearchSpace | None) -> SearchSpace:
         """Return how tables are cut, given what the user asked for, if anything."""
         return given or SearchSpace()

@@ -15,8 +15,8 @@ So, with Q from the SVD of diag(sqrt p) E G^(1/2) = P S Q^T, the table is stored
 falling worth, and is read through the projection Q^T G^(-1/2). Dropping column c for the rows of block b costs 1/2 sum over
 i in b of p_i A_ic^2: one currency for all tables. Which pairs are kept is decided by one exact knapsack over all tables, in
 which a projection pays for its rows. A table that is too small to pay for one keeps its own basis, with the diagonal of G.
-Columns are kept by the chunks of the space, whose widths double by default. Chunks of one column (``SearchSpace(align=1,
-column_chunks=32)``) made the allocation three times as long, and the models of MovieLens-1M clicks no better.
+Columns are kept by the chunks of the space, whose widths double by default; chunks of one column made no better models of
+MovieLens-1M clicks (``docs/results.md``), and take the allocation longer.
 Fine-tuning is the training that goes on after ``compact``.
 
 Nothing is done while the model trains: all of it happens in ``derive`` and ``compact``, on a few validation batches. A row that

@@ -11,10 +11,9 @@ import numpy as np
 import polars as pl
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from embsearch_plugin.data.csv_file import Chunk, read_chunks
-from embsearch_plugin.data.dataset import Field, Schema, Split, SplitBy, TabularDataset, check_split, random_split, time_split
+from embsearch_plugin.data.dataset import Field, Schema, SplitBy, TabularDataset, check_split, split_of
 from embsearch_plugin.data.vocabulary import encode_frequent
 
 SOURCE = "the train file of Avazu's Click-Through Rate Prediction from Kaggle, and give it as 'path', plain or gzip"
@@ -65,14 +64,14 @@ class Avazu:
         """Read the file; a value takes 4 bytes, and as much again while it is encoded.
 
         Raises:
-            DataError: the file is missing, empty or malformed, or the fractions do not add up to one.
+            DataError: the file is missing, empty or malformed.
         """
         examples = pl.concat([_parse(chunk) for chunk in read_chunks(Path(self.path), ("click", *FIELDS), SOURCE)])
         labels = examples.drop_in_place("click").to_numpy()
         if self.balanced:
             kept = _balance(labels, self.seed)
             examples, labels = examples[kept], labels[kept]
-        splits = self._split(examples.drop_in_place(TIME).to_numpy())
+        splits = split_of(examples.drop_in_place(TIME).to_numpy(), self.split, self.split_by, self.seed)
         ids = np.empty((len(labels), len(FIELDS)), np.int32)
         rows = [0] * len(FIELDS)
         for f, field in enumerate(FIELDS):  # each column is let go of once its ids are there
@@ -84,11 +83,6 @@ class Avazu:
             labels=torch.from_numpy(labels.astype(np.float32)),
             splits=splits,
         )
-
-    def _split(self, times: NDArray[np.int64]) -> dict[Split, Tensor]:
-        if self.split_by == "time":
-            return time_split(times, self.split)
-        return random_split(len(times), self.split, self.seed)
 
 
 def _parse(chunk: Chunk) -> pl.DataFrame:

@@ -201,19 +201,25 @@ class TabularBatches(Batches):
 
 def check_split(split: tuple[float, float, float], seed: int, split_by: str = "random") -> None:
     """Raise a SettingsError where a data set cannot be split so, whatever is in it."""
-    if len(split) != 3:
-        raise SettingsError(f"split must be three fractions, for training, validation and test; got {split}")
+    _check_fractions(split)
     if seed < 0:
         raise SettingsError(f"seed must be 0 or more; got {seed}")
     if split_by not in get_args(SplitBy):
         raise SettingsError(f"split_by must be one of {', '.join(get_args(SplitBy))}; got {split_by!r}")
 
 
+def split_of(
+    times: NDArray[np.int64], fractions: tuple[float, float, float], split_by: SplitBy, seed: int
+) -> dict[Split, Tensor]:
+    """Deal positions by time or at random, as ``split_by`` says."""
+    return time_split(times, fractions) if split_by == "time" else random_split(len(times), fractions, seed)
+
+
 def random_split(n: int, fractions: tuple[float, float, float], seed: int) -> dict[Split, Tensor]:
     """Deal the positions ``0 .. n - 1`` at random to train, validation and test; each part is in ascending order.
 
     Raises:
-        DataError: the fractions are negative or do not add up to one.
+        SettingsError: the fractions are negative or do not add up to one.
     """
     parts = _cut(np.random.default_rng(seed).permutation(n), fractions)
     return {split: torch.from_numpy(np.sort(part)) for split, part in parts.items()}
@@ -225,14 +231,18 @@ def time_split(times: NDArray[np.int64], fractions: tuple[float, float, float]) 
     What happened at the same time keeps its order, and may be cut apart.
 
     Raises:
-        DataError: the fractions are negative or do not add up to one.
+        SettingsError: the fractions are negative or do not add up to one.
     """
     return {split: torch.from_numpy(part) for split, part in _cut(np.argsort(times, kind="stable"), fractions).items()}
 
 
+def _check_fractions(fractions: tuple[float, float, float]) -> None:
+    if len(fractions) != 3 or not min(fractions) >= 0 or not abs(sum(fractions) - 1) <= 1e-6:  # nor may one be NaN
+        raise SettingsError(f"split must be three fractions that add up to 1, got {fractions}. Try: (0.8, 0.1, 0.1).")
+
+
 def _cut(positions: NDArray[np.int64], fractions: tuple[float, float, float]) -> dict[Split, NDArray[np.int64]]:
-    if min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
-        raise DataError(f"split must be three fractions that add up to 1, got {fractions}. Try: (0.8, 0.1, 0.1).")
+    _check_fractions(fractions)
     n = len(positions)
     ends = [round(n * fractions[0]), round(n * (fractions[0] + fractions[1]))]
     train, validation, test = np.split(positions, ends)

@@ -59,8 +59,7 @@ class KkBox:
         """Read the files. A song's composers are kept once, however often it is listened to: 32 bytes per record in all.
 
         Raises:
-            DataError: a file is missing, empty or malformed, songs.csv has none of the songs, or the fractions do not add up
-                to one.
+            DataError: a file is missing, empty or malformed, or songs.csv has none of the songs.
         """
         songs = Numbering()
         records = _read_records(Path(self.path) / "train.csv", songs)

@@ -28,9 +28,8 @@ from embsearch_plugin.data.dataset import (
     TabularDataset,
     check_split,
     malformed,
-    random_split,
     require_file,
-    time_split,
+    split_of,
 )
 from embsearch_plugin.data.interactions import Ratings, occurring, rating_dataset, top_k_dataset
 from embsearch_plugin.data.ranking import RankingDataset
@@ -100,8 +99,8 @@ class MovieLens1M:
         """Read the files; the full data set takes about two seconds.
 
         Raises:
-            DataError: a file is missing, empty or malformed, the fractions do not add up to one, or the split is by time and
-                not every time is known (GroupLens's own file has them all).
+            DataError: a file is missing, empty or malformed, or the split is by time and not every time is known (GroupLens's
+                own file has them all).
         """
         folder = Path(self.path)
         users, movies = _read_users(folder / "users.dat"), _read_movies(folder / "movies.dat")
@@ -114,10 +113,9 @@ class MovieLens1M:
         return top_k_dataset(log, "movie", folder / "leave_one_out.parquet", self.split[1], self.seed)
 
     def _splits(self, times: NDArray[np.int64]) -> dict[Split, torch.Tensor]:
-        if self.split_by == "random":
-            return random_split(len(times), self.split, self.seed)
-        _require_times(Path(self.path) / "ratings.dat", times)
-        return time_split(times, self.split)
+        if self.split_by == "time":
+            _require_times(Path(self.path) / "ratings.dat", times)
+        return split_of(times, self.split, self.split_by, self.seed)
 
     def _clicks(self, ratings: NDArray[np.int64], users: "_Entities", movies: "_Entities") -> TabularDataset:
         user, movie, stars, times = ratings

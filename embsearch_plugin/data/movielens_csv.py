@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from embsearch_plugin.data.csv_file import Chunk, read_chunks
-from embsearch_plugin.data.dataset import Field, Schema, Split, SplitBy, TabularDataset, check_split, random_split, time_split
+from embsearch_plugin.data.dataset import Field, Schema, Split, SplitBy, TabularDataset, check_split, split_of
 from embsearch_plugin.data.interactions import Ratings, rating_dataset
 from embsearch_plugin.data.movielens import standardise
 from embsearch_plugin.data.vocabulary import encode_frequent, encode_parts
@@ -73,12 +73,12 @@ class MovieLensCsv:
         """Read the files; a million ratings take about a second.
 
         Raises:
-            DataError: a file is missing, empty or malformed, or the fractions do not add up to one.
+            DataError: a file is missing, empty or malformed.
         """
         folder = Path(self.path)
         movies = _read_movies(folder / "movies.csv") if (folder / "movies.csv").exists() else None
         ratings = read_ratings(folder / "ratings.csv", movies)
-        splits = self._split(ratings["timestamp"].to_numpy())
+        splits = split_of(ratings["timestamp"].to_numpy(), self.split, self.split_by, self.seed)
         if self.task == "rating":
             return rating_dataset(_log(ratings), "movie", splits)
         return self._clicks(ratings, movies, splits)
@@ -98,11 +98,6 @@ class MovieLensCsv:
             splits=splits,
             bags=bags,
         )
-
-    def _split(self, times: NDArray[np.int64]) -> dict[Split, Tensor]:
-        if self.split_by == "time":
-            return time_split(times, self.split)
-        return random_split(len(times), self.split, self.seed)
 
     def _columns(self, ratings: pl.DataFrame, train: NDArray[np.int64]) -> dict[Field, NDArray[Any]]:
         """Return the ids of the fields that hold one value."""

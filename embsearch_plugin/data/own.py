@@ -10,7 +10,7 @@ from torchrec.datasets.utils import Batch
 
 from embsearch_plugin.data.dataset import Batches, Dataset, Schema, Split
 from embsearch_plugin.errors import DataError, SettingsError
-from embsearch_plugin.own import accepted, fits, imported
+from embsearch_plugin.own import accepted, imported, misfit
 from embsearch_plugin.tasks import TASKS
 
 
@@ -43,7 +43,7 @@ class OwnData:
             DataError: where it does not take the options, or does not return the three loaders.
         """
         function = imported(self.name)
-        if problem := fits(function, options := accepted(function, self.options)):
+        if problem := misfit(function, options := accepted(function, self.options)):
             raise DataError(f"the loaders {self.name!r} cannot be made with {dict(self.options)}: {problem}")
         found = function(**options)
         if isinstance(found, Dataset):

@@ -8,7 +8,7 @@ from torch import nn
 
 from embsearch_plugin.data.dataset import Schema
 from embsearch_plugin.errors import ModelError
-from embsearch_plugin.own import accepted, fits, imported
+from embsearch_plugin.own import accepted, imported, misfit
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class OwnModel:
             ModelError: where the function does not take the options, by its parameters or a ValueError, or returns no module.
         """
         function = imported(self.name)
-        if problem := fits(function, options := accepted(function, self.options, schema=schema)):
+        if problem := misfit(function, options := accepted(function, self.options, schema=schema)):
             raise ModelError(f"the model {self.name!r} cannot be built with {dict(self.options)}: {problem}")
         try:
             model = function(**options)

@@ -8,7 +8,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from embsearch_plugin.data import CONFIGS
 from embsearch_plugin.data.bags import Bags
 from embsearch_plugin.data.dataset import Batches, Field, Schema, Split, TabularDataset, random_split, time_split
-from embsearch_plugin.errors import DataError
+from embsearch_plugin.errors import SettingsError
 
 SIZES = {"train": 23, "validation": 5, "test": 4}
 
@@ -114,7 +114,7 @@ def test_random_split_depends_on_its_seed() -> None:
 
 @pytest.mark.parametrize("fractions", [(0.8, 0.1, 0.2), (1.1, 0.0, -0.1)])
 def test_fractions_that_make_no_sense_are_refused(fractions: tuple[float, float, float]) -> None:
-    with pytest.raises(DataError, match="add up to 1"):
+    with pytest.raises(SettingsError, match="add up to 1"):
         random_split(10, fractions, seed=0)
 
 
@@ -159,5 +159,5 @@ def test_a_split_by_time_trains_on_the_earliest_and_tests_on_the_latest(times: l
     assert torch.cat(list(parts.values())).tolist() == sorted(range(len(times)), key=lambda at: times[at])
     for part, fraction in zip(parts.values(), fractions, strict=True):
         assert abs(len(part) - len(times) * fraction) <= 1
-    with pytest.raises(DataError, match="add up to 1"):
+    with pytest.raises(SettingsError, match="add up to 1"):
         time_split(np.zeros(3, dtype=np.int64), (0.8, 0.1, 0.2))

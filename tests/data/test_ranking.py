@@ -71,15 +71,12 @@ def test_apart_each_example_has_negatives_of_its_own(data: RankingDataset, split
     assert apart.fingerprint() == data.fingerprint()
     drawn = torch.zeros(data.schema.fields[1].rows)
     for batch in apart.batches(split, 7, seed=3):
-        users, items = (batch.sparse_features[key] for key in ("user", "movie"))
-        size, count = batch.candidates.shape
-        bags = batch.candidates[batch.candidates >= 0]
-        assert len(bags.unique()) == len(bags) and len(users.values()) == size
-        assert len(items.values()) == size * count
-        for positive, negatives in zip(items.values(), items.values()[size:].view(size, count - 1), strict=False):
-            assert len(negatives.unique()) == count - 1
-            removed = int((negatives == positive).sum())
-            assert int((batch.candidates[items.values()[:size] == positive] < 0).any(1).any()) or not removed
+        items, size = batch.sparse_features["movie"].values(), len(batch.labels)
+        assert len(batch.sparse_features["user"].values()) == size
+        own = items[size:].view(size, SAMPLED)  # no bag is there twice
+        for candidates, positive, negatives in zip(items_of(batch), items.tolist(), own.tolist(), strict=False):
+            assert len(set(negatives)) == SAMPLED
+            assert candidates == [positive, *(None if item == positive else item for item in negatives)]
             drawn[negatives] += 1
     assert bool((drawn > 0).all())  # all items are drawn
     assert everything(apart, split, 7, 3) == everything(data.apart(), split, 7, 3) != everything(apart, split, 7, 4)

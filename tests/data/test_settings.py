@@ -18,14 +18,19 @@ from embsearch_plugin.data.planted import Planted
     [
         ({"seed": -1}, "seed must be 0 or more; got -1"),
         ({"split": (0.9, 0.1)}, r"split must be three fractions.*got \(0.9, 0.1\)"),
-        ({"split_by": "Time"}, "split_by must be one of random, time; got 'Time'"),
+        ({"split": (0.9, 0.2, -0.1)}, "split must be three fractions that add up to 1"),
+        ({"split": (float("nan"), 0.5, 0.5)}, "split must be three fractions that add up to 1"),
     ],
 )
 def test_a_split_that_cannot_be_made(config: Any, settings: dict[str, Any], message: str) -> None:
-    if config is KkBox and "split_by" in settings:
-        pytest.skip("its records have no time")
     with pytest.raises(es.EmbsearchError, match=message):
         config(path="", **settings)
+
+
+@pytest.mark.parametrize("config", [Avazu, MovieLens1M, MovieLensCsv])
+def test_a_split_by_something_else(config: Any) -> None:
+    with pytest.raises(es.EmbsearchError, match="split_by must be one of random, time; got 'Time'"):
+        config(path="", split_by="Time")
 
 
 @pytest.mark.parametrize(
