@@ -158,18 +158,18 @@ def apply(plan: Path, recipe: Path, overrides: tuple[str, ...]) -> None:
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--markdown", is_flag=True, help="Write no page: print the headline, and the results as a Markdown table.")
 def report(folder: Path, markdown: bool) -> None:
-    """Write FOLDER/report.html anew from its metrics.json and its plans; of a study, from its study.json."""
+    """Write FOLDER/report.html anew, of a run, a stream or a study, from what the folder holds."""
     from embsearch_plugin.files import read_json
     from embsearch_plugin.report.headline import headline
     from embsearch_plugin.report.inputs import Metrics, read
     from embsearch_plugin.report.page import write_report
-    from embsearch_plugin.report.study import write_study_report
+    from embsearch_plugin.report.study import study_markdown, write_study_report
     from embsearch_plugin.report.text import results_markdown
     from embsearch_plugin.streaming import report as of_stream
 
     content = read_json(folder / "metrics.json") if (folder / "metrics.json").exists() else {}
     if (folder / "study.json").exists():
-        click.echo(f"written: {write_study_report(folder)}")
+        click.echo(study_markdown(folder) if markdown else f"written: {write_study_report(folder)}")
     elif "transactions" in content:
         shown = f"{of_stream.headline(content)}\n\n{of_stream.markdown(content)}"
         click.echo(shown if markdown else f"written: {of_stream.write_stream_report(folder)}")

@@ -23,27 +23,27 @@ from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from embsearch_plugin.compact.columns import Layout, take_columns
 from embsearch_plugin.compact.fine import FineTable, FixedIndex
+from embsearch_plugin.compact.places import Holder, Places
 from embsearch_plugin.fused import FusedEmbeddingBags
 from embsearch_plugin.plan import PROJECTION_DTYPE, Chunk, TablePlan
 from embsearch_plugin.randomness import private_random
-from embsearch_plugin.supernet.bags import check_readers, ids_of, ordered, rows_at
+from embsearch_plugin.supernet.bags import check_readers, ids_of, ordered
+from embsearch_plugin.supernet.readers import Readers
 from embsearch_plugin.supernet.single import is_single, rows_of
 from embsearch_plugin.supernet.slots import Slot, slots_of
 
 
 class TableIndex(FixedIndex):
-    """Where a table's rows and columns went, and what makes D columns of those that are stored; only what the plan needs.
+    """Where a table's columns went, and what makes D columns of those that are stored; only what the plan needs.
 
     A projection starts as the identity: the first K columns of the output are the stored ones.
     """
 
     def __init__(self, plan: TablePlan, device: torch.device) -> None:
         super().__init__()
-        self.remap: Tensor | None
         self.placement: Tensor | None
         self.projection: nn.Parameter | None
         self.bias: nn.Parameter | None
-        self.register_buffer("remap", _remap(plan))
         self.register_buffer("placement", _placement(plan))
         width, dim = plan.width, plan.table.dim
         projection = torch.eye(width, dim, dtype=PROJECTION_DTYPE, device=device) if plan.projection else None
@@ -57,15 +57,6 @@ class TableIndex(FixedIndex):
             with torch.autocast(columns.device.type, enabled=False):  # as in a lookup, which autocast leaves alone
                 columns = columns @ self.projection
         return columns if self.bias is None else columns + self.bias
-
-
-def _remap(plan: TablePlan) -> Tensor | None:
-    """Return the place of each row, int32 (V,); dropped rows are behind every chunk."""
-    if plan.order is None:
-        return None
-    remap = torch.full((plan.table.rows,), plan.order.numel(), dtype=torch.int32, device="cpu")
-    remap[plan.order.long()] = torch.arange(plan.order.numel(), dtype=torch.int32, device="cpu")
-    return remap
 
 
 def _placement(plan: TablePlan) -> Tensor | None:
@@ -132,6 +123,9 @@ class CompactEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self.chunks: EmbeddingBagCollectionInterface | None
         self.chunks = _chunk_tables(tables, plans, is_weighted, device) if tables else None
         self.index = nn.ModuleList(TableIndex(plan, device) for plan in plans)
+        reads = [slot.feature for slot in self._slots]
+        self._readers = Readers(self._features, reads, rows=[configs[slot.table].num_embeddings for slot in self._slots])
+        self.places = Places(plans, self._features, [self._holder(part) for part in self._parts], is_weighted)
         # What is put together of the lookup: the K stored columns of a table that has a projection, else D.
         self._widths = [plans[s.table].width if plans[s.table].projection else s.dim for s in self._slots]
         self._plain = not any(s.mean for s in self._slots) and all(
@@ -169,16 +163,16 @@ class CompactEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Look up and pool: (B, sum of dims), keyed as the original."""
         features = ordered(maybe_td_to_kjt(features), self._features)
-        check_readers(features, self._unchecked(features.values().is_cuda))
-        lengths = dict(zip(self._features, features.lengths().view(len(self._features), -1), strict=True))
-        output = self._stored_columns(features, lengths)
+        self._check(features)
+        output = self._stored_columns(features)
         if not self._plain:
-            output = self._finished(output, features, lengths)
+            output = self._finished(output, features)
         return KeyedTensor([s.key for s in self._slots], [s.dim for s in self._slots], output)
 
-    def _finished(self, output: Tensor, features: KeyedJaggedTensor, lengths: Mapping[str, Tensor]) -> Tensor:
+    def _finished(self, output: Tensor, features: KeyedJaggedTensor) -> Tensor:
         """Put in fine-grained tables' columns, divide sums where means are wanted, project: (B, sum of dims)."""
         columns = list(output.split(self._widths, dim=1))
+        lengths = dict(zip(self._features, features.lengths().view(len(self._features), -1), strict=True))
         bags = features.to_dict() if self.fine else {}
         for number, slot in enumerate(self._slots):
             if str(slot.table) in self.fine:
@@ -188,114 +182,68 @@ class CompactEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             columns[number] = self._index(slot).outputs(columns[number])
         return torch.cat(columns, dim=1)
 
-    def _stored_columns(self, features: KeyedJaggedTensor, lengths: Mapping[str, Tensor]) -> Tensor:
+    def _stored_columns(self, features: KeyedJaggedTensor) -> Tensor:
         """Look up every part and put its columns where they belong: (B, sum of widths), zero where none is stored."""
         if self.chunks is None:
             return torch.zeros(features.stride(), sum(self._widths), device=features.device())
-        pooled = self._looked_up(self.chunks, features, lengths)
+        pooled = self._looked_up(self.chunks, features)
         source = self._source(pooled)
         return pooled.values() if source is None else take_columns(pooled.values(), source)
 
-    def _looked_up(
-        self, chunks: EmbeddingBagCollectionInterface, features: KeyedJaggedTensor, lengths: Mapping[str, Tensor]
-    ) -> KeyedTensor:
+    def _looked_up(self, chunks: EmbeddingBagCollectionInterface, features: KeyedJaggedTensor) -> KeyedTensor:
         """Look up every part: (B, sum of the chunks' widths)."""
         leaves_out = any(part.partial for part in self._parts)  # in a forward alone FBGEMM does that as quickly, or more so
         if (leaves_out and not torch.is_grad_enabled()) or not is_single(chunks, features):
-            pooled: KeyedTensor = chunks(self._of_parts(features, lengths))
+            pooled: KeyedTensor = chunks(self._of_parts(features))
             return pooled
-        places, bags = self._places(features), chunks.embedding_bags
+        ids, bags = ids_of(features), chunks.embedding_bags
+        places = [self.places.of(slot.table, slot.feature, ids[slot.feature]) for slot in self._slots]
         rows = [rows_of(bags[part.name].weight, places[part.slot], partial=part.partial) for part in self._parts]
         widths = [part.chunk.width for part in self._parts]
         return KeyedTensor([str(number) for number in range(len(widths))], widths, torch.cat(rows, dim=1))
 
-    def _of_parts(self, features: KeyedJaggedTensor, lengths: Mapping[str, Tensor]) -> KeyedJaggedTensor:
+    def _of_parts(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         """Return the bags of every part, of the ids that it holds: a feature of the collection inside for each."""
-        places = self._places(features)
-        weights = features.weights().split(features.length_per_key()) if self._weighted else None
-        of_feature = dict(zip(self._features, weights, strict=True)) if weights is not None else {}
-        slots = [(places[part.slot], self._slots[part.slot].feature) for part in self._parts]
-        bags = [(of_slot, lengths[feature], of_feature.get(feature)) for of_slot, feature in slots]
-        hold = _held_together if features.values().is_cuda else _held_one_by_one
-        values, kept, held_weights = hold(bags, [part.chunk.rows if part.partial else None for part in self._parts])
-        return KeyedJaggedTensor(
-            keys=[str(number) for number in range(len(bags))],
-            values=values,
-            lengths=kept,
-            weights=held_weights,
-            stride=features.stride(),
-        )
+        values, lengths, weights = self.places.held(features)
+        keys = [str(number) for number in range(len(self._parts))]
+        return KeyedJaggedTensor(keys, values, weights, lengths, stride=features.stride())
+
+    def _holder(self, part: _Part) -> Holder:
+        slot = self._slots[part.slot]
+        return Holder(slot.feature, slot.table, part.chunk.rows if part.partial else None)
 
     def _source(self, pooled: KeyedTensor) -> Tensor | None:
         """Return for each column of the output its column in ``pooled``, or -1; ``None`` where they are the same."""
         order = tuple(pooled.keys()), pooled.values().device
-        if order not in self._layouts:  # a sharded collection answers in an order of its own
+        layout = self._layouts.get(order)
+        if layout is None:  # a sharded collection answers in an order of its own
             widths = dict(zip(pooled.keys(), pooled.length_per_key(), strict=True))
             starts = dict(zip(widths, accumulate(widths.values(), initial=0), strict=False))
             parts = [
                 [(starts[str(n)], part.chunk.width) for n, part in enumerate(self._parts) if part.slot == number]
                 for number in range(len(self._slots))
             ]
-            self._layouts[order] = Layout.of(parts, self._widths, order[1])
-        return self._layouts[order].source([self._index(slot).placement for slot in self._slots], self._widths)
+            layout = Layout.of(parts, self._widths, order[1])
+            if not torch.compiler.is_compiling():  # then its tensors may have no content
+                self._layouts[order] = layout
+        return layout.source([self._index(slot).placement for slot in self._slots], self._widths)
 
     def _index(self, slot: Slot) -> TableIndex:
         index = self.index[slot.table]
         assert isinstance(index, TableIndex)
         return index
 
-    def _places(self, features: KeyedJaggedTensor) -> list[Tensor]:
-        """Return for each slot the place in plan order of each of its ids, (n,)."""
-        ids = ids_of(features)
-        return [self._places_of(slot, ids[slot.feature]) for slot in self._slots]
+    def _have_rows(self, features: KeyedJaggedTensor) -> bool:
+        read = self._readers.read(features)
+        return read.have_rows(self._readers.of("rows", read.ids.device))
 
-    def _places_of(self, slot: Slot, ids: Tensor) -> Tensor:
-        """Return the place in plan order of each id, (n,)."""
-        remap = self._index(slot).remap
-        return ids if remap is None else rows_at(remap, ids, self._configs[slot.table].name, slot.feature).to(ids.dtype)
-
-    def _unchecked(self, is_cuda: bool) -> list[tuple[str, str, int]]:
-        """Return who reads ids that nothing else checks: on a CPU a remap does."""
-        slots = [(self._configs[s.table], s) for s in self._slots if is_cuda or self._index(s).remap is None]
-        return [(config.name, slot.feature, config.num_embeddings) for config, slot in slots]
-
-
-_Bags = tuple[Tensor, Tensor, Tensor | None]
-"""Places (n,), lengths (B,), and weights (n,) where ids have weights."""
-
-
-def _held_one_by_one(parts: Sequence[_Bags], limits: Sequence[int | None]) -> _Bags:
-    """Leave out of each part the ids whose place is not below its limit; return all parts, one after the other.
-
-    Args:
-        parts: the bags of each.
-        limits: the rows that each part's chunk holds; ``None`` where these are all.
-    """
-    return _joined([bags if limit is None else _held(*bags, limit) for bags, limit in zip(parts, limits, strict=True)])
-
-
-def _held(places: Tensor, lengths: Tensor, weights: Tensor | None, limit: int) -> _Bags:
-    keep = places < limit
-    held, kept = torch.ops.fbgemm.masked_select_jagged_1d(places, lengths, keep)
-    return held, kept, None if weights is None else weights.masked_select(keep)
-
-
-def _held_together(parts: Sequence[_Bags], limits: Sequence[int | None]) -> _Bags:
-    """Do the same on a GPU: FBGEMM's operation is for the CPU only, and the host waits once for the number of ids left."""
-    places, lengths, weights = _joined(parts)
-    if all(limit is None for limit in limits):
-        return places, lengths, weights
-    bounds = zip(parts, limits, strict=True)
-    keep = torch.cat([torch.ones_like(p, dtype=torch.bool) if limit is None else p < limit for (p, *_), limit in bounds])
-    seen = torch.ops.fbgemm.asynchronous_complete_cumsum(keep.int())
-    ends = torch.ops.fbgemm.asynchronous_complete_cumsum(lengths.long())
-    kept = seen.index_select(0, ends).diff().to(lengths.dtype)
-    return places.masked_select(keep), kept, None if weights is None else weights.masked_select(keep)
-
-
-def _joined(parts: Sequence[_Bags]) -> _Bags:
-    places, lengths, weights = zip(*parts, strict=True)
-    return torch.cat(places), torch.cat(lengths), None if weights[0] is None else torch.cat(weights)
+    def _check(self, features: KeyedJaggedTensor) -> None:
+        """Raise an InputError where an id has no row that nothing else checks: on a CPU a remap does."""
+        together = self._readers.together(features)
+        if together and (torch.compiler.is_exporting() or self._have_rows(features)):
+            return
+        slots = [(self._configs[s.table], s) for s in self._slots if together or not self.places.is_moved(s.table)]
+        check_readers(features, [(config.name, slot.feature, config.num_embeddings) for config, slot in slots])
 
 
 def chunk_name(table: str, chunk: int) -> str:

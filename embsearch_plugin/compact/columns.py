@@ -63,11 +63,11 @@ class _TakenColumns(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, source: Tensor) -> Tensor:
-        kept = (source >= 0).nonzero().flatten()
-        places = torch.empty_like(kept)
-        places[source.index_select(0, kept)] = kept
+        width = values.shape[1]  # where columns that are not stored are written, so that a GPU's host need not count them
+        columns = torch.where(source < 0, width, source)
+        places = source.new_empty(width + 1).scatter_(0, columns, torch.arange(len(source), device=source.device))[:width]
         ctx.save_for_backward(places)
-        if values.shape[1] == len(source):
+        if width == len(source):
             return values.index_select(1, source)
         # Where most columns are zero, placing the others takes a quarter of the time of a gather that zeros are put into.
         return values.new_zeros(len(values), len(source)).scatter_(1, places.expand(len(values), -1), values)

@@ -1,6 +1,7 @@
-"""The HTML page of a study: its front with the baselines on it, what mattered, and every trial."""
+"""The report of a study as an HTML page and as Markdown: its front beside the baselines, what mattered, and every trial."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import yaml
 from embsearch_plugin.budget import human_bytes
 from embsearch_plugin.errors import RunFolderError
 from embsearch_plugin.files import write_text
+from embsearch_plugin.report.markdown import markdown_table, plain
 from embsearch_plugin.report.page import template
 from embsearch_plugin.report.study_figures import front_figure, history_figure, importance_figure, parallel_figure
 from embsearch_plugin.tasks import TASKS
@@ -23,16 +25,37 @@ def write_study_report(folder: Path) -> Path:
     Raises:
         RunFolderError: where that is missing or damaged.
     """
+    write_text(folder / "report.html", _shown(folder, render))
+    return folder / "report.html"
+
+
+def study_markdown(folder: Path) -> str:
+    """Return what the ``study.json`` of a run folder says as Markdown: what is suggested, the cost, and every trial.
+
+    Raises:
+        RunFolderError: where that is missing or damaged.
+    """
+    return _shown(folder, _markdown)
+
+
+def _shown(folder: Path, show: Callable[[Content], str]) -> str:
     try:
-        content: Content = json.loads((folder / "study.json").read_text(encoding="utf-8"))
-        page = render(content)
+        return show(json.loads((folder / "study.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError) as error:
         raise RunFolderError(
             f"{folder / 'study.json'} is missing or does not say what a report needs ({type(error).__name__}: {error}).\n"
             "  Possible solution: embsearch study with the same recipe and --out."
         ) from error
-    write_text(folder / "report.html", page)
-    return folder / "report.html"
+
+
+def _markdown(content: Content) -> str:
+    last = "parameters, or why there is no result"
+    names = ["trial", "state", *(objective["name"] for objective in content["objectives"]), last]
+    rows = []
+    for row in _rows(content):
+        figures = [f"**{plain(figure)}**" if row["front"] else plain(figure) for figure in row["figures"]]
+        rows.append([plain(str(row["name"])), row["state"], *figures, plain(row["text"])])
+    return "\n\n".join([*sentences(content), cost(content), markdown_table(names, rows, {"trial", "state", last})])
 
 
 def render(content: Content) -> str:
@@ -66,7 +89,7 @@ def render(content: Content) -> str:
         cost=cost(content),
         figures=figures,
         objectives=[objective["name"] for objective in content["objectives"]],
-        rows=[*map(_row, content["trials"], [content] * len(content["trials"])), *_references(content)],
+        rows=_rows(content),
         recipe=yaml.safe_dump(content["recipe"], sort_keys=False, allow_unicode=True),
         versions=content["versions"],
         machine=content["machine"],
@@ -98,6 +121,10 @@ def cost(content: Content) -> str:
         f"It cost {total:.3g} plain training runs: one for the dense model, {spent['trials']:.3g} for all trials and "
         f"{spent['baselines']:.3g} for the baselines. One takes {spent['seconds_of_one']:.3g} s here."
     )
+
+
+def _rows(content: Content) -> list[dict[str, Any]]:
+    return [*(_row(trial, content) for trial in content["trials"]), *_references(content)]
 
 
 def _row(trial: dict[str, Any], content: Content) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """The results as a table for the terminal, and as Markdown."""
 
-import re
 from typing import Any
 
 from rich import box
@@ -8,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from embsearch_plugin.report.inputs import Metrics, checked
+from embsearch_plugin.report.markdown import markdown_table, plain
 from embsearch_plugin.report.rows import Figure, columns, footnotes, narrow_columns, result_rows
 
 __all__ = ["results_markdown", "results_table"]
@@ -47,10 +47,9 @@ def results_markdown(metrics: Metrics | dict[str, Any]) -> str:
     """
     metrics = checked(metrics)
     names = columns(metrics)
-    lines = [_line(names), _line(["---" if name in _WORDS else "---:" for name in names])]
-    lines += [_line([_emphasised(row.figures[name]) for name in names]) for row in result_rows(metrics)]
-    notes = [f"* {_plain(note)}" for note in footnotes(metrics)]
-    return "\n".join([*lines, *(["", *notes] if notes else [])])
+    rows = [[_emphasised(row.figures[name]) for name in names] for row in result_rows(metrics)]
+    notes = [f"* {plain(note)}" for note in footnotes(metrics)]
+    return "\n".join([markdown_table(names, rows, _WORDS), *(["", *notes] if notes else [])])
 
 
 def _styled(figure: Figure) -> Text:
@@ -59,13 +58,4 @@ def _styled(figure: Figure) -> Text:
 
 
 def _emphasised(figure: Figure) -> str:
-    return f"**{_plain(figure.text)}**" if figure.best else _plain(figure.text)
-
-
-def _plain(text: str) -> str:
-    """Return ``text`` so that Markdown shows it as it is, on one line."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~&$])", r"\\\1", " ".join(text.split()))
-
-
-def _line(fields: list[str]) -> str:
-    return f"| {' | '.join(fields)} |"
+    return f"**{plain(figure.text)}**" if figure.best else plain(figure.text)

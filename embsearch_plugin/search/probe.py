@@ -101,7 +101,7 @@ class Probe:
         """Raise a NonFiniteLoss unless a loss and its gradients are numbers."""
         if loss is not None and not math.isfinite(float(loss)):
             raise NonFiniteLoss(self._not_finite("loss", float(loss)))
-        if not all(bool(gradient.isfinite().all()) for gradient in gradients):
+        if not bool(torch.cat([gradient.flatten() for gradient in gradients]).isfinite().all()):
             raise NonFiniteLoss(self._not_finite("gradient", math.nan))
 
     def look_up(self, batch: Any) -> None:

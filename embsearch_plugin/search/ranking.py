@@ -13,6 +13,7 @@ from embsearch_plugin.randomness import private_random
 from embsearch_plugin.search.loaders import generators_of, unshared
 from embsearch_plugin.search.tables import SearchedTables
 from embsearch_plugin.space import SearchSpace, cut_tables
+from embsearch_plugin.supernet.readers import TableRows
 
 Frequencies = Mapping[str, Tensor] | Iterable[Any]
 
@@ -65,7 +66,8 @@ class Ranking:
         return self._counted()
 
     def _counted(self) -> list[Tensor]:
-        counts = [count for supernet in self._tables.supernets for count in supernet.counts or []]
+        counted = [supernet.counts for supernet in self._tables.supernets if supernet.counts is not None]
+        counts = [count for rows in counted for count in rows.of_tables]
         alone = distributed.world_size() == 1
         totals = [count.cpu() if alone else distributed.total(count).cpu() for count in counts]
         if not any(bool(count.any()) for count in totals):
@@ -89,12 +91,13 @@ class Ranking:
 
     def _start_counting(self) -> None:
         for supernet in self._tables.supernets:
-            supernet.counts = [torch.zeros(table.rows, dtype=torch.int64, device="cpu") for table in supernet.tables]
+            zeros = [torch.zeros(table.rows, dtype=torch.int64, device="cpu") for table in supernet.tables]
+            supernet.counts = TableRows(zeros, torch.device("cpu"))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts and when to rank next."""
         counts = [supernet.counts for supernet in self._tables.supernets]
-        return {"next": self._next, "counts": counts}
+        return {"next": self._next, "counts": [None if rows is None else list(rows.of_tables) for rows in counts]}
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Make sure that rows can be ranked on from ``state``.
@@ -112,7 +115,8 @@ class Ranking:
         """Go on from ``state``."""
         self._next = state["next"]
         for supernet, counts in zip(self._tables.supernets, state["counts"], strict=True):
-            supernet.counts = None if counts is None else [count.to(torch.int64, copy=True) for count in counts]
+            of_tables = None if counts is None else [count.to(torch.int64) for count in counts]
+            supernet.counts = None if of_tables is None else TableRows(of_tables, of_tables[0].device)
 
 
 def check_frequencies(given: Frequencies | None, tables: Sequence[Table]) -> None:

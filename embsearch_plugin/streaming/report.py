@@ -14,6 +14,7 @@ from rich.table import Table
 from embsearch_plugin.budget import human_bytes
 from embsearch_plugin.files import read_json, write_text
 from embsearch_plugin.report.curves import Panels, draw_panels
+from embsearch_plugin.report.markdown import markdown_table, plain
 from embsearch_plugin.report.numbers import Estimate, percent, ratio
 
 Metrics = Mapping[str, Any]
@@ -86,14 +87,11 @@ def size_rows(metrics: Metrics) -> list[dict[str, str]]:
 
 def markdown(metrics: Metrics) -> str:
     """Return both tables as Markdown."""
-    return "\n\n".join("\n".join(_lines(table)) for table in (rows(metrics), size_rows(metrics)))
-
-
-def _lines(table: list[dict[str, str]]) -> list[str]:
     words = {"method", "table", "rows by width"}
-    names = list(table[0])
-    head = [f"| {' | '.join(names)} |", f"| {' | '.join('---' if n in words else '---:' for n in names)} |"]
-    return head + [f"| {' | '.join(row.values())} |" for row in table]
+    tables = [rows(metrics), size_rows(metrics)]
+    return "\n\n".join(
+        markdown_table(list(table[0]), [[plain(text) for text in row.values()] for row in table], words) for table in tables
+    )
 
 
 def terminal_table(metrics: Metrics) -> Table:

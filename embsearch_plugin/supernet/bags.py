@@ -73,32 +73,22 @@ def check_ids(table: str, feature: str, rows: int, ids: Tensor) -> None:
 
 
 def check_readers(features: KeyedJaggedTensor, readers: Sequence[tuple[str, str, int]]) -> None:
-    """Raise an InputError where an id has no row in a table that reads it. On a GPU the host waits once, not for each table.
+    """Raise an InputError where an id has no row in a table that reads it.
 
     Args:
         features: the batch.
         readers: the tables' names, the features they read, and their rows.
     """
-    if not readers or torch.compiler.is_exporting() or (features.values().is_cuda and _have_rows(features, readers)):
-        return
-    ids = ids_of(features)
-    for table, feature, rows in readers:
-        check_ids(table, feature, rows, ids[feature])
-
-
-def _have_rows(features: KeyedJaggedTensor, readers: Sequence[tuple[str, str, int]]) -> bool:
-    """Whether all ids have a row in every table, by a few operations on the batch as a whole."""
-    keys, ids = features.keys(), features.values()
-    fewest = {key: min((rows for _, feature, rows in readers if feature == key), default=2**63 - 1) for key in keys}
-    ends = torch.tensor(list(fewest.values()), device=ids.device)
-    counts = features.lengths().view(len(keys), -1).sum(1)
-    return bool(((ids >= 0) & (ids < ends.repeat_interleave(counts, output_size=ids.numel()))).all())
+    if readers and not torch.compiler.is_exporting():
+        ids = ids_of(features)
+        for table, feature, rows in readers:
+            check_ids(table, feature, rows, ids[feature])
 
 
 def rows_at(values: Tensor, ids: Tensor, table: str, feature: str) -> Tensor:
     """Return ``values[ids]`` for a (V, ...) tensor, with a readable error where an id has no row.
 
-    On the CPU the gather itself finds such an id; on a GPU it would end the process: there :func:`check_readers` comes first.
+    On the CPU the gather itself finds such an id; on a GPU it would end the process: there ids are checked first.
     """
     try:
         return values.index_select(0, ids)

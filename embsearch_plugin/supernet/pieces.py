@@ -42,11 +42,17 @@ class Pieces:
             groups: the group of each example, (B,), where groups have gates of their own.
             n_groups: N, how many there are.
         """
-        device = blocks.device
+        if self._slot.device != blocks.device:
+            self._move(blocks.device)
         rows = blocks.long()
         if groups is not None:
-            rows = rows + groups * self._sizes.to(device)
+            rows = rows + groups * self._sizes
         if len(self._slot) != rows.shape[0]:
-            rows = rows.index_select(0, self._slot.to(device))
+            rows = rows.index_select(0, self._slot)
         start = self._start if groups is None else self._start * n_groups
-        return (rows * self._step.to(device) + (start + self._piece).to(device)).t()
+        return (rows * self._step + (start + self._piece)).t()
+
+    def _move(self, device: torch.device) -> None:
+        """Move what it knows to where blocks are: a GPU would wait for every copy."""
+        for name in ("_slot", "_step", "_start", "_piece", "_sizes"):
+            setattr(self, name, getattr(self, name).to(device))

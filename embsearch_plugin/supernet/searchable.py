@@ -15,7 +15,7 @@ Shapes: gates of a table are (S, C), or (N, S, C) for gates that groups of examp
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -49,6 +49,7 @@ from embsearch_plugin.supernet.captured import Captured
 from embsearch_plugin.supernet.forms import Form
 from embsearch_plugin.supernet.gating import gate_cells, gate_rows
 from embsearch_plugin.supernet.pieces import Pieces
+from embsearch_plugin.supernet.readers import Read, Readers, TableRows
 from embsearch_plugin.supernet.single import is_single, rows_of
 from embsearch_plugin.supernet.slots import Slot, slots_of
 from embsearch_plugin.supernet.virtual import VirtualRows
@@ -94,7 +95,15 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self._widths = [config.embedding_dim for config in inner.embedding_bag_configs()]
         self.output_dims = [slot.dim for slot in slots_of(configs)]
         self._features = list(dict.fromkeys(slot.feature for slot in self.slots))
-        self.counts: list[Tensor] | None = None  # per table (V,), while ids are counted
+        starts = list(accumulate((table.rows for table in tables), initial=0))
+        self._readers = Readers(
+            self._features,
+            [slot.feature for slot in self.slots],
+            rows=[tables[slot.table].rows for slot in self.slots],
+            starts=[starts[slot.table] for slot in self.slots],
+        )
+        self._read: Read | None = None  # what they read of the batch that is running, where that is done together
+        self.counts: TableRows | None = None  # how often each row was read, while ids are counted
         self.counts_always = False  # in forwards without gradients, too
         self.fused_params: Mapping[str, Any] | None = None
         self.folds_gates = True  # whether gates are part of the weights, or only say which take part
@@ -103,7 +112,7 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         # Not buffers: they are made after the model, and a copy of it made before (for averaging, say) has none; and they
         # must stay float32 where the model is converted.
         self._gates: list[Tensor] = []
-        self._blocks: list[Tensor] = []
+        self._blocks: TableRows | None = None
         if self.weighs:
             self._gates = [torch.full((1, form.n_gates), 1 / form.n_gates, device=self.device) for form in forms]
         self.next_gates: list[Tensor] | None = None  # of training forwards, in place of the gates; may carry a graph
@@ -135,11 +144,11 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the model belongs to no search: it has the gates that are in use, and none of a search's graph."""
         next_gates = None if self.next_gates is None else [gate.detach() for gate in self.next_gates]
-        return {**self.__dict__, "next_gates": next_gates, "_used": []}
+        return {**self.__dict__, "next_gates": next_gates, "_used": [], "_read": None}
 
     def set_blocks(self, blocks: Sequence[RowBlocks], device: torch.device) -> None:
         """Say which row is in which block. Gates start at one; later calls keep them."""
-        self._blocks = [cut.lookup().to(device) for cut in blocks]
+        self._blocks = TableRows([cut.lookup() for cut in blocks], device)
         if self._pieces is None and not self.weighs:
             self._gates = [
                 torch.ones(len(b.sizes), width, device=device) for width, b in zip(self._widths, blocks, strict=True)
@@ -208,7 +217,7 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         super()._apply(fn, recurse)
         self._gates = [gate.to(self.device) for gate in self._gates]
         self.next_gates = None
-        self._blocks = [block.to(self.device) for block in self._blocks]
+        self._blocks = None if self._blocks is None else self._blocks.on(self.device)
         self._kept = [mask.to(self.device) for mask in self._kept]
         return self
 
@@ -256,6 +265,8 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             self._candidates = self._virtual = None
             self.group = before
 
+    # What it does depends on ids and on the step; a compiled model is compiled around it, once.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Look up, gate and pool: (B, sum of dims), keyed as the original."""
         features = maybe_td_to_kjt(features)
@@ -269,12 +280,24 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self.forwards += owners
         if weight_step:
             self.autocast = Autocast.now(features.values().device.type)
-        if self._pieces is None or self.weighs or features.values().is_cuda:
-            check_readers(features, [(self.tables[s.table].name, s.feature, self.tables[s.table].rows) for s in self.slots])
-        output = self._output(features)  # on a CPU finds ids without a row where blocks are known
+        self._read = self._read_together(features) if self._readers.together(features) else None
+        if self._read is None and (self._pieces is None or self.weighs):  # otherwise reading blocks finds ids without a row
+            self._check(features)
+        output = self._output(features)
         if self.counts is not None and (owners or self.counts_always):  # a frozen model trains in evaluation mode
             self._count(features, self.counts)
+        self._read = None
         return output
+
+    def _check(self, features: KeyedJaggedTensor) -> None:
+        check_readers(features, [(self.tables[s.table].name, s.feature, self.tables[s.table].rows) for s in self.slots])
+
+    def _read_together(self, features: KeyedJaggedTensor) -> Read:
+        """Return what all slots read, all of it ids that have a row."""
+        read = self._readers.read(features)
+        if not torch.compiler.is_exporting() and not read.have_rows(self._readers.of("rows", read.ids.device)):
+            self._check(features)
+        return read
 
     def _output(self, features: KeyedJaggedTensor) -> KeyedTensor:
         values = self._gated(features)
@@ -353,13 +376,26 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
 
     def _blocks_of(self, slot: Slot, ids: Tensor) -> Tensor:
         """Return the block of each id of a slot, (n,)."""
-        return rows_at(self._blocks[slot.table], ids, self.tables[slot.table].name, slot.feature)
+        assert self._blocks is not None
+        return rows_at(self._blocks.of(slot.table), ids, self.tables[slot.table].name, slot.feature)
+
+    def _slot_blocks(self, ids: Mapping[str, Tensor]) -> dict[Slot, Tensor]:
+        """Return for each slot the block of each of its ids, (n,)."""
+        if self._read is None:
+            return {slot: self._blocks_of(slot, ids[slot.feature]) for slot in self.slots}
+        assert self._blocks is not None
+        blocks = self._blocks.whole.index_select(0, self._rows_read(self._read)).split(self._read.counts)
+        return dict(zip(self.slots, blocks, strict=True))
+
+    def _rows_read(self, read: Read) -> Tensor:
+        """Return which of all tables' rows, one table after the other, is read, (n,)."""
+        return read.ids + self._readers.of("starts", read.ids.device).index_select(0, read.reader)
 
     def _gate_rows(self, features: KeyedJaggedTensor) -> Tensor:
         """Return the row of the pieces' table that gates each piece of the output, for bags of at most one id."""
         ids, lengths = ids_of(features), features.lengths().view(len(self._features), -1)
         of_feature = dict(zip(self._features, lengths, strict=True))
-        blocks = [one_per_bag(of_feature[s.feature], self._blocks_of(s, ids[s.feature])) for s in self.slots]
+        blocks = [one_per_bag(of_feature[slot.feature], of_ids) for slot, of_ids in self._slot_blocks(ids).items()]
         assert self._pieces is not None
         groups = self._groups(len(blocks[0]), len(self._used[0])) if self._used[0].dim() == 3 else None
         return self._pieces.rows(torch.stack(blocks), groups, len(self._used[0]))
@@ -387,15 +423,15 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     def _cells(self, ids: Mapping[str, Tensor]) -> tuple[list[Tensor], dict[Slot, Tensor], int]:
         """Return the cell of each id per feature; per slot, the block that each of the S cells stands for; and S."""
         by_feature = {f: [slot for slot in self.slots if slot.feature == f] for f in ids}
-        blocks = {slot: self._gates[slot.table].shape[0] for slot in self.slots}
-        size = self._most_cells()
+        blocks, size = {slot: self._gates[slot.table].shape[0] for slot in self.slots}, self._most_cells()
+        of_ids = self._slot_blocks(ids)
         numbers = torch.arange(size, device=self.device)
         cells, digits = [], {}
-        for feature, slots in by_feature.items():
-            cell, base = self._blocks_of(slots[0], ids[feature]), blocks[slots[0]]
+        for slots in by_feature.values():
+            cell, base = of_ids[slots[0]], blocks[slots[0]]
             digits[slots[0]] = numbers % base
             for slot in slots[1:]:
-                cell = cell.int() + self._blocks_of(slot, ids[feature]).int() * base
+                cell = cell.int() + of_ids[slot].int() * base
                 digits[slot] = (numbers // base) % blocks[slot]
                 base *= blocks[slot]
             cells.append(cell)
@@ -437,11 +473,15 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             rows = F.embedding(ids, weight if self._candidates is None else weight.detach(), sparse=sparse)
         return rows.float() * self._kept[table].index_select(0, ids) if self._kept else rows.float()
 
-    def _count(self, features: KeyedJaggedTensor, counts: list[Tensor]) -> None:
+    def _count(self, features: KeyedJaggedTensor, counts: TableRows) -> None:
+        counts = self.counts = counts.on(features.values().device)
+        if self._read is not None:
+            counts.whole.index_add_(0, self._rows_read(self._read), torch.ones_like(self._read.ids, dtype=counts.whole.dtype))
+            return
         ids = ids_of(features)
         for slot in self.slots:
-            count = counts[slot.table] = counts[slot.table].to(ids[slot.feature].device)
-            count.index_add_(0, ids[slot.feature], torch.ones_like(ids[slot.feature], dtype=count.dtype))
+            of_slot = ids[slot.feature]
+            counts.of(slot.table).index_add_(0, of_slot, torch.ones_like(of_slot, dtype=counts.whole.dtype))
 
 
 def _mean_shares(slots: Sequence[Slot], shares: Mapping[str, Tensor]) -> Tensor:

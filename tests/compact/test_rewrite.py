@@ -1,5 +1,7 @@
 """Rewriting: what follows the weights, and what is left behind."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support import DEVICE, PLAIN, WORLDS, searched, stored_bytes, task, train
@@ -8,9 +10,10 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import embsearch_plugin as es
 from embsearch_plugin.collection import Table
-from embsearch_plugin.compact.collection import _held_one_by_one, _held_together
 from embsearch_plugin.errors import InputError, PlanError
 from embsearch_plugin.plan import SizePlan, TablePlan
+from embsearch_plugin.supernet.bags import ordered
+from embsearch_plugin.supernet.readers import Readers
 
 
 def plan_for(world: str, dims: tuple[tuple[int, ...], ...]) -> SizePlan:
@@ -87,15 +90,18 @@ def test_training_goes_on_as_if_nothing_had_happened(name: str) -> None:
     torch.testing.assert_close(losses[0], losses[1], atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("world", WORLDS)
-def test_what_leaves_ids_out_on_a_gpu_does_what_does_it_on_the_cpu(world: str) -> None:
-    parts = []
-    for seed in range(5):
-        features = WORLDS[world].features(50, seed).to(torch.device("cpu"))
-        parts.append((features.values(), features.lengths(), features.weights_or_none()))
-    for limits in ([0, 1, 40, None, 1000], [None] * 5, [3] * 5):
-        for mine, theirs in zip(_held_together(parts, limits), _held_one_by_one(parts, limits), strict=True):
-            assert mine is theirs is None or (mine.dtype == theirs.dtype and torch.equal(mine, theirs))
+@pytest.mark.parametrize("dims", [((8, 4, 0), (0, 4)), ((8,), (4, 0, 8)), ((8, 4), (8,)), ((8,), (8,))])
+@pytest.mark.parametrize("world", ["one id", "bags", "weighted", "several features", "shared feature"])
+def test_what_leaves_ids_out_on_a_gpu_does_what_does_it_on_the_cpu(world: str, dims: tuple[tuple[int, ...], ...]) -> None:
+    plan = plan_for(world, dims)
+    names = list(dict.fromkeys(name for table in plan.tables for name in table.table.features))
+    unmoved = tuple(replace(table, order=None) if len(table.chunks) == 1 else table for table in plan.tables)
+    for tables in (plan.tables, unmoved):
+        places = es.apply(task(WORLDS[world]), SizePlan(tables)).collection.places.cpu()
+        for seed in range(5):
+            features = ordered(WORLDS[world].features(50, seed).to(torch.device("cpu")), names)
+            for mine, theirs in zip(places.held_together(features), places.held_one_by_one(features), strict=True):
+                assert mine is theirs is None or (mine.dtype == theirs.dtype and torch.equal(mine, theirs))
 
 
 def test_folded_gates_rescale_the_state() -> None:
@@ -163,9 +169,12 @@ def test_a_tensordict_is_looked_up_as_by_torchrec() -> None:
         assert torch.equal(collection(given).values(), collection(features).values())
 
 
-def test_a_compact_model_can_be_exported() -> None:
-    _, session, _ = searched(PLAIN)
-    compact = session.compact(session.derive()).collection.eval()
+@pytest.mark.parametrize("together", [False, True])
+def test_a_compact_model_can_be_exported(together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before any forward, and it goes on afterwards."""
+    if together:
+        monkeypatch.setattr(Readers, "together", lambda *_: True)
+    compact = es.apply(task(PLAIN), plan_for("one id", ((8, 4, 0), (0, 4)))).collection.eval()
     features = PLAIN.features(16, seed=3)
 
     class Unpacked(torch.nn.Module):

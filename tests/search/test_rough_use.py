@@ -229,8 +229,11 @@ def test_a_compiled_model_is_searched() -> None:
     session.register(ForwardsSeen(told))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     session.attach(optimizer, validation=[PLAIN.batch(seed=900)])
-    train(torch.compile(model, backend="eager"), optimizer, (PLAIN.batch(seed=i) for i in range(8)))
-    assert told == list(range(8))
+    compiled = torch.compile(model, backend="eager")
+    train(compiled, optimizer, (PLAIN.batch(seed=i) for i in range(5)))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        train(compiled, optimizer, (PLAIN.batch(seed=i) for i in range(5, 16)))
+    assert told == list(range(16))
     assert session.derive().size_bytes <= session.original_bytes / 2
 
 

@@ -244,7 +244,7 @@ def test_ranks_are_refreshed_when_the_steps_have_doubled() -> None:
 def test_counts_do_not_end_at_two_to_the_31(resumed: bool) -> None:
     model, session, optimizer = searched(PLAIN, steps=1)
     most = torch.iinfo(torch.int32).max
-    counts = [count.fill_(most) for count in model.collection.counts]
+    counts = [count.fill_(most) for count in model.collection.counts.of_tables]
     if resumed:  # from a state of 32-bit counts
         state = session.state_dict()
         state["ranking"]["counts"] = [[count.int() for count in counts]]

@@ -60,6 +60,11 @@ def test_a_study_by_the_command_line_from_the_trials_to_the_plan(tmp_path: Path)
     assert es.SizePlan.load(plan).size_bytes == found["trials"][other]["values"][1]
     assert "there is no complete trial 77" in CliRunner().invoke(main, [*command, "--best", str(plan), "--trial", "77"]).output
     assert "written: " in CliRunner().invoke(main, ["report", str(out)]).output
+    markdown = CliRunner().invoke(main, ["report", str(out), "--markdown"]).output
+    assert f"Trial {found['chosen']} is suggested" in markdown
+    table = [line.split(" | ") for line in markdown.splitlines() if line.startswith("| ")]
+    assert [line[0] for line in table[2:6]] == [f"| {trial['number']}" for trial in found["trials"]]
+    assert len(table) == 2 + len(found["trials"]) + len(found["references"]) and len({len(line) for line in table}) == 1
     page = (out / "report.html").read_text()
     assert page.count("<svg") == 4 and "uniform at 50%" in page and "Pareto front" in page
     assert page.count("allocations that a run tries, one") == page.count("; of the 3 allocations that a run tries, one") == 1

@@ -8,9 +8,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embsearch_plugin.errors import InputError
 from embsearch_plugin.supernet.bags import (
-    _have_rows,
     check_ids,
-    check_readers,
     has_long_bags,
     ids_of,
     one_per_bag,
@@ -94,22 +92,3 @@ def test_ids_without_a_row(bad: int) -> None:
     check_ids("t", "f", 4, torch.tensor([], dtype=torch.int64))
     with pytest.raises(InputError, match=rf"'f' must be in \[0, 4\), the rows of table 't'; got {bad} \(1 of 2 ids\)"):
         check_ids("t", "f", 4, torch.tensor([0, bad]))
-
-
-@settings(max_examples=100)
-@given(st.lists(st.lists(st.lists(st.integers(-1, 6), max_size=3), min_size=2, max_size=2), min_size=3, max_size=3))
-def test_all_ids_are_checked_together_as_one_by_one(bags: list[list[list[int]]]) -> None:
-    """Three features of two bags; one is read by two tables, one by none."""
-    readers = [("t", "f0", 6), ("u", "f0", 4), ("t", "f1", 6)]
-    features = KeyedJaggedTensor(
-        keys=["f0", "f1", "f2"],
-        values=torch.tensor([i for feature in bags for bag in feature for i in bag], dtype=torch.int64),
-        lengths=torch.tensor([len(bag) for feature in bags for bag in feature]),
-    )
-    ids = [[i for bag in feature for i in bag] for feature in bags]
-    good = all(0 <= i < 4 for i in ids[0]) and all(0 <= i < 6 for i in ids[1]) and all(i >= 0 for i in ids[2])
-    assert _have_rows(features, readers) == good
-    if good or not all(i >= 0 for i in ids[2]):
-        return
-    with pytest.raises(InputError, match=r"must be in \[0, [46]\), the rows of table '[tu]'"):
-        check_readers(features, readers)
