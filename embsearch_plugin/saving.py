@@ -113,12 +113,23 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
     if wanted != weights.keys():
         missing, extra = sorted(wanted - weights.keys()), sorted(weights.keys() - wanted)
         raise PlanError(f"{folder / WEIGHTS} is for another model: it lacks {missing[:3]} and has {extra[:3]} besides.")
+    pairs = [(weights[name], index.cpu()) for name, index in _index(model).items() if name in weights]
+    if any(theirs.shape == mine.shape and not torch.equal(theirs, mine) for theirs, mine in pairs):
+        raise PlanError(
+            f"{folder / PLAN} and {folder / WEIGHTS} are of two plans, as where a save was interrupted. Save the model again."
+        )
     assign = any(p.is_meta for p in model.parameters())
     try:
         model.load_state_dict(_replacements(model, weights) if assign else weights, strict=False, assign=assign)
     except RuntimeError as error:
         raise PlanError(f"{folder / WEIGHTS} is for another model: {error}") from error
     return model
+
+
+def _index(model: nn.Module) -> dict[str, Tensor]:
+    """Return what compact collections hold that is the plan's, and not trained, by its name in the model's state."""
+    compact = {path: m for path, m in model.named_modules() if isinstance(m, CompactEmbeddingBagCollection)}
+    return {f"{path}.{name}" if path else name: b for path, m in compact.items() for name, b in m.named_buffers()}
 
 
 def _unique(model: nn.Module) -> dict[str, Tensor]:

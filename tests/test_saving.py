@@ -94,15 +94,29 @@ def test_a_model_is_saved_with_its_own_plan_only(other: str, fused: Any, tmp_pat
     es.save(model, plan, tmp_path)
 
 
-def test_nor_with_a_plan_that_keeps_other_rows_of_as_many(tmp_path: Path) -> None:
+def plans_of_as_many_rows() -> list[SizePlan]:
     specs = find_collections(task(PLAIN))[0].tables
     plans = []
     for seed in (1, 2):
         order = [torch.randperm(s.rows, generator=torch.Generator().manual_seed(seed)).int() for s in specs]
         tables = [TablePlan.nested(s, [8, 0], o.tensor_split(2)) for s, o in zip(specs, order, strict=True)]
         plans.append(SizePlan(tuple(tables)))
+    return plans
+
+
+def test_nor_with_a_plan_that_keeps_other_rows_of_as_many(tmp_path: Path) -> None:
+    plans = plans_of_as_many_rows()
     with pytest.raises(PlanError, match="'collection' does not store"):
         es.save(es.apply(task(PLAIN), plans[0]), plans[1], tmp_path)
+
+
+def test_a_save_that_ended_between_its_files_is_noticed(tmp_path: Path) -> None:
+    """It was to replace an older one, of a plan that keeps as many rows."""
+    older, newer = plans_of_as_many_rows()
+    es.save(es.apply(task(PLAIN), newer), newer, tmp_path)
+    older.save(tmp_path / "plan.json")
+    with pytest.raises(PlanError, match="are of two plans, as where a save was interrupted"):
+        es.load(tmp_path, task(PLAIN))
 
 
 def test_a_compiled_model_is_saved_as_what_it_was_made_of(tmp_path: Path) -> None:

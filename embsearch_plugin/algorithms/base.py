@@ -29,16 +29,16 @@ class Algorithm(Protocol):
 
 
 class _Kind(NamedTuple):
-    """What a setting holds: whole numbers or any, one or several, or nothing."""
+    """What a setting holds: whole numbers, any numbers, or True and False; one or several, or nothing."""
 
-    whole: bool
+    type: type
     several: bool
     optional: bool
 
     def check(self, name: str, value: object) -> None:
         """Raise a SettingsError where ``value`` is something else, or NaN, which every comparison would let through."""
         if not self._holds(value):
-            one, many = ("a whole number", "whole numbers") if self.whole else ("a number", "numbers")
+            one, many = _WORDS[self.type]
             raise SettingsError(f"{name} must be {many if self.several else one}; got {value!r}. Leave it out for the default")
 
     def _holds(self, value: object) -> bool:
@@ -49,13 +49,16 @@ class _Kind(NamedTuple):
         return self._is_one(value)
 
     def _is_one(self, value: object) -> bool:
-        if isinstance(value, bool):
-            return False
-        return isinstance(value, Integral) or (not self.whole and isinstance(value, Real) and not math.isnan(value))
+        if isinstance(value, bool) or self.type is bool:
+            return isinstance(value, bool) and self.type is bool
+        return isinstance(value, Integral) or (self.type is float and isinstance(value, Real) and not math.isnan(value))
 
 
-def _numbers_of(config: type["AlgorithmConfig"]) -> dict[str, _Kind]:
-    """Return the settings that are numbers, and nothing else besides, by name."""
+_WORDS = {int: ("a whole number", "whole numbers"), float: ("a number", "numbers"), bool: ("True or False",) * 2}
+
+
+def _kinds_of(config: type["AlgorithmConfig"]) -> dict[str, _Kind]:
+    """Return what the settings hold that are numbers, or True and False, and nothing else besides, by name."""
     try:
         hints = get_type_hints(config)
     except NameError:  # of a class whose annotations are known to a type checker only
@@ -67,10 +70,10 @@ def _kind_of(hint: Any) -> _Kind | None:
     parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     others = [part for part in parts if part is not NoneType]
     several = len(others) == 1 and get_origin(others[0]) is tuple and get_args(others[0])[1:] == (...,)
-    numbers = set(get_args(others[0])[:1] if several else others)
-    if not numbers or not numbers <= {int, float}:
+    types = set(get_args(others[0])[:1] if several else others)
+    if types not in ({int}, {float}, {int, float}, {bool}):
         return None
-    return _Kind(float not in numbers, several, NoneType in parts)
+    return _Kind(float if float in types else types.pop(), several, NoneType in parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +98,7 @@ class AlgorithmConfig:
     every: int = 1
 
     def __post_init__(self) -> None:
-        for name, kind in _numbers_of(type(self)).items():
+        for name, kind in _kinds_of(type(self)).items():
             kind.check(name, getattr(self, name))
         if self.warm_up < 0 or self.every < 1:
             raise SettingsError(f"warm_up must be at least 0 and every at least 1; got {self.warm_up} and {self.every}")

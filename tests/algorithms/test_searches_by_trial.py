@@ -212,6 +212,7 @@ def test_settings_that_may_be_more_than_numbers_are_left_to_their_owner() -> Non
         (lambda: es.Grid(dims=(4.5, 8)), r"dims must be whole numbers; got \(4.5, 8\)"),
         (lambda: es.Grid(dims=4), "dims must be whole numbers; got 4"),
         (lambda: es.Uniform(dim=True), "dim must be a whole number; got True"),
+        (lambda: es.Magnitude(relative="no"), "relative must be True or False; got 'no'"),
         (lambda: es.Random(draws=1.5), "draws must be a whole number; got 1.5"),
         (lambda: es.Magnitude(rounds=1.5), "rounds must be a whole number; got 1.5"),
         (lambda: es.Spectral(rivals=(1.5,)), r"rivals must be whole numbers; got \(1.5,\)"),
