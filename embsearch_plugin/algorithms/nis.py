@@ -148,6 +148,7 @@ class NisSearch:
         self.generator = torch.Generator()
         self.groups = 0  # of a validation batch; 0 where none was seen
         self.skipped = 0  # groups of one class until now
+        self._known: tuple[object, BlockChoices] | None = None
 
     @hookimpl
     def embsearch_search_start(self, session: "Session") -> None:
@@ -206,7 +207,11 @@ class NisSearch:
         return [_fold(session.form(index), table) for index, table in enumerate(plan.tables)]
 
     def _choices(self, session: "Session") -> BlockChoices:
-        return BlockChoices.of(session, self.config.mode)
+        """Return what there is to choose; made anew where blocks have other sizes, or the model is elsewhere."""
+        cut = session.gates[0].device, [table.blocks.sizes for table in session.tables]
+        if self._known is None or self._known[0] != cut:
+            self._known = cut, BlockChoices.of(session, self.config.mode)
+        return self._known[1]
 
     def _qualities(self, outcome: "Outcome") -> Tensor:
         """Return R_Q of each group, (N,); NaN where a group has no examples, or no AUC."""

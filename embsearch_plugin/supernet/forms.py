@@ -59,3 +59,12 @@ class Projection(Form):
     def forward(self, pooled: Tensor) -> Tensor:
         """Return ``pooled`` (n, W) projected, (n, D)."""
         return pooled.float() @ self.weight
+
+    @classmethod
+    def together(cls, forms: Sequence[Form], pooled: Tensor, gates: Sequence[Tensor]) -> Tensor | None:
+        """Project all tables by one product, where their widths are one."""
+        weights: list[Tensor] = [form.weight for form in forms if isinstance(form, Projection)]
+        if len(weights) < len(forms) or len({form.width for form in forms}) > 1:
+            return None
+        rows = pooled.float().view(len(pooled), len(forms), -1).transpose(0, 1)
+        return (rows @ torch.stack(weights)).transpose(0, 1).reshape(len(pooled), -1)

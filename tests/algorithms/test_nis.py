@@ -76,9 +76,25 @@ def test_costs_are_those_of_the_paper(mode: Any) -> None:
     assert int(choices.cost([heights], "bytes")) == 4 * int(choices.cost([heights], "parameters"))
 
 
+@pytest.mark.parametrize("mode", ["se", "me"])
+@pytest.mark.parametrize("shape", [(), (4,)])
+def test_tables_that_are_cut_alike_are_asked_together_as_one_by_one(shape: tuple[int, ...], mode: Any) -> None:
+    tables = [blocks(), blocks((5,), (2, 2)), blocks((7, 1, 4)), blocks((5,), (2, 1)), blocks((9,), (2, 2))]
+    choices = BlockChoices(tables, mode, torch.device("cpu"))
+    drawn = torch.stack([torch.randint(arms, shape) for arms in choices.arms], dim=-1)
+    heights, first, cost = choices.heights(drawn), 0, torch.zeros(shape, dtype=torch.int64)
+    for table, own, gates in zip(tables, heights, choices.gates(heights), strict=True):
+        arms = table.menu(mode)
+        expected = sum(menu[drawn[..., first + number]] for number, menu in enumerate(arms))
+        assert torch.equal(own, expected)
+        assert torch.equal(gates, table.gates(expected))
+        cost, first = cost + table.n_weights(expected), first + len(arms)
+    assert torch.equal(choices.cost(heights, "parameters"), cost)
+
+
 def test_mean_gates_are_the_mean_of_many_draws() -> None:
     for mode in ("se", "me"):
-        choices = BlockChoices([blocks(), blocks((5,), (2, 2))], mode, torch.device("cpu"))
+        choices = BlockChoices([blocks(), blocks((5,), (2, 2)), blocks((7, 1, 4))], mode, torch.device("cpu"))
         widest = max(choices.arms)
         random = torch.Generator().manual_seed(1)
         weights = torch.rand(len(choices.arms), widest, generator=random) + 0.1

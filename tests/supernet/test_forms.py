@@ -103,6 +103,23 @@ def toy(world: World, **settings: Any) -> tuple[Any, Session, Any]:
     return model, session, optimizer
 
 
+@pytest.mark.parametrize("dims", [(3,), (4, 4, 4), (4, 3)])
+def test_projections_of_one_width_are_made_together_as_one_by_one(dims: tuple[int, ...]) -> None:
+    forms = [Projection(dim) for dim in dims]
+    for form in forms:
+        nn.init.normal_(form.weight)
+    pooled = torch.randn(7, sum(dims), requires_grad=True)
+    expected = torch.cat([form(part) for form, part in zip(forms, pooled.split(dims, 1), strict=True)], 1)
+    made = Projection.together(forms, pooled, [])
+    assert (made is None) == (len(set(dims)) > 1)
+    if made is not None:
+        weights, leaves = torch.randn_like(expected), [pooled, *(form.weight for form in forms)]
+        torch.testing.assert_close(made, expected)
+        for mine, theirs in zip(*(torch.autograd.grad((o * weights).sum(), leaves) for o in (made, expected)), strict=True):
+            torch.testing.assert_close(mine, theirs)
+    assert Projection.together([*forms, Form(2, 2)], pooled, []) is None
+
+
 @pytest.mark.parametrize("world", WORLDS)
 def test_a_projection_starts_as_the_identity_and_trains(world: str) -> None:
     features = WORLDS[world].features(30, seed=1)

@@ -1,7 +1,7 @@
 """The choices among embedding blocks of all tables as one list, and what they mean: heights, gates, costs, a best choice."""
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +12,44 @@ from embsearch_plugin.budget import allocate_among
 
 if TYPE_CHECKING:
     from embsearch_plugin.search.session import Session
+
+
+class _Alike:
+    """Tables of as many row blocks and the same column chunks: what is asked of each is answered for all of them at once.
+
+    Args:
+        tables: n of them.
+        indices: which tables these are.
+        first: of each, its first choice.
+        menu: of each, (choices, arms, T).
+    """
+
+    def __init__(self, tables: Sequence[EmbeddingBlocks], indices: Sequence[int], first: Sequence[int], menu: Tensor) -> None:
+        self.tables, self.indices, self.menu = list(tables), list(indices), menu
+        self._number = torch.arange(len(menu), device=menu.device)
+        self._choices = torch.tensor(first, device=menu.device)[:, None] + self._number  # (n, choices)
+        self._rows = torch.tensor([[0, *accumulate(table.rows)] for table in tables], device=menu.device)  # (n, S + 1)
+        self._widths = torch.tensor(tables[0].widths, device=menu.device)
+
+    def heights(self, choices: Tensor) -> Tensor:
+        """Return what choices (..., choices) stand for, int64 (n, ..., T)."""
+        return self.menu[self._number, choices[..., self._choices]].sum(-2).movedim(-2, 0)
+
+    def gates(self, heights: Tensor) -> Tensor:
+        """Return the gates of heights (n, ..., T): float32 (n, ..., S, D)."""
+        return self.tables[0].gates(heights)
+
+    def mean_gates(self, probabilities: Tensor) -> Tensor:
+        """Return the mean gates of choices drawn with probabilities (choices, widest): (n, S, D)."""
+        kept = self.tables[0].kept(self.menu).float()  # (choices, arms, S, T); choices share no block
+        mine = probabilities[self._choices, : self.menu.shape[1]]
+        return torch.einsum("nca,cast->nst", mine, kept).repeat_interleave(self._widths, -1)
+
+    def cost(self, heights: Tensor, unit: str) -> Tensor:
+        """Return what heights (n, ..., T) cost, int64 (n, ...)."""
+        rows = self._rows.gather(1, heights.flatten(1)).view(heights.shape)
+        sizes = torch.tensor([table.weight_size(unit) for table in self.tables], device=rows.device)
+        return (rows * self._widths).sum(-1) * sizes.view(-1, *[1] * (heights.dim() - 2))
 
 
 class BlockChoices:
@@ -27,7 +65,14 @@ class BlockChoices:
         self.tables = list(tables)
         self.menus = [table.menu(mode).to(device) for table in tables]  # each (choices, arms, T)
         self.arms = [menu.shape[1] for menu in self.menus for _ in menu]  # of each choice
-        self._ranges = [slice(*ends) for ends in pairwise(accumulate(map(len, self.menus), initial=0))]
+        first = list(accumulate(map(len, self.menus), initial=0))
+        cuts: dict[object, list[int]] = {}
+        for index, table in enumerate(self.tables):
+            cuts.setdefault((len(table.rows), table.widths), []).append(index)
+        self._alike = [
+            _Alike([self.tables[i] for i in indices], indices, [first[i] for i in indices], self.menus[indices[0]])
+            for indices in cuts.values()
+        ]
 
     @classmethod
     def of(cls, session: "Session", mode: Mode) -> "BlockChoices":
@@ -38,25 +83,28 @@ class BlockChoices:
 
     def heights(self, choices: Tensor) -> list[Tensor]:
         """Return what choices (..., choices) stand for, per table int64 (..., T)."""
-        numbers = [torch.arange(len(menu), device=menu.device) for menu in self.menus]
-        by_table = zip(self.menus, numbers, self._ranges, strict=True)
-        return [menu[number, choices[..., own]].sum(-2) for menu, number, own in by_table]
+        return self._by_table([alike.heights(choices) for alike in self._alike])
 
     def gates(self, heights: Sequence[Tensor]) -> list[Tensor]:
         """Return the gates of heights, per table float32 (..., S, D)."""
-        return [table.gates(own) for table, own in zip(self.tables, heights, strict=True)]
+        return self._by_table([alike.gates(self._of(alike, heights)) for alike in self._alike])
 
     def mean_gates(self, probabilities: Tensor) -> list[Tensor]:
         """Return the mean gates of choices drawn with probabilities (choices, widest), per table (S, D)."""
-        return [
-            torch.einsum("ca,casd->sd", probabilities[own, : menu.shape[1]], table.gates(menu))  # choices share no block
-            for table, menu, own in zip(self.tables, self.menus, self._ranges, strict=True)
-        ]
+        return self._by_table([alike.mean_gates(probabilities) for alike in self._alike])
 
     def cost(self, heights: Sequence[Tensor], unit: str) -> Tensor:
         """Return the memory cost of all tables (3.3.2's sum of C_F) in weights or their bytes: int64 (...)."""
-        by_table = zip(self.tables, heights, strict=True)
-        return torch.stack([table.n_weights(own) * table.weight_size(unit) for table, own in by_table]).sum(0)
+        return torch.cat([alike.cost(self._of(alike, heights), unit) for alike in self._alike]).sum(0)
+
+    def _of(self, alike: _Alike, of_tables: Sequence[Tensor]) -> Tensor:
+        return torch.stack([of_tables[index] for index in alike.indices])
+
+    def _by_table(self, found: Sequence[Tensor]) -> list[Tensor]:
+        """Return of each table what was found of those that are cut alike, (n, ...) each."""
+        pairs = zip(self._alike, found, strict=True)
+        of_tables = {index: own for alike, parts in pairs for index, own in zip(alike.indices, parts, strict=True)}
+        return [of_tables[index] for index in range(len(self.tables))]
 
     def alternatives(self, reference: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
         """Yield, for each arm of each choice, the table's number and its gates; what the choice does not decide stays."""

@@ -93,16 +93,19 @@ def number(quality: str | Quality, value: object) -> float:
     Raises:
         QualityError: where it is none.
     """
-    got = f"{type(value).__name__} {value!r}"
     if not isinstance(value, SupportsFloat):  # as a text, which float() would read
-        raise QualityError(_no_number(quality, got))
+        raise QualityError(_no_number(quality, _shown(value)))
     try:
         found = float(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise QualityError(_no_number(quality, got)) from error
+        raise QualityError(_no_number(quality, _shown(value))) from error
     if not math.isfinite(found):
         raise QualityError(_no_number(quality, str(found)))
     return found
+
+
+def _shown(value: object) -> str:
+    return f"{type(value).__name__} {value!r}"
 
 
 def _no_number(quality: str | Quality, got: str) -> str:
