@@ -20,6 +20,7 @@ from embsearch_plugin.collection import Table
 from embsearch_plugin.files import read_state, write_state
 from embsearch_plugin.plan import TablePlan
 from embsearch_plugin.search.session import Session
+from embsearch_plugin.space import RowBlocks
 
 SPACE = es.SearchSpace(row_blocks=(0.1, 0.3, 0.6), column_chunks=(4, 4))
 
@@ -90,6 +91,19 @@ def test_tables_that_are_cut_alike_are_asked_together_as_one_by_one(shape: tuple
         assert torch.equal(gates, table.gates(expected))
         cost, first = cost + table.n_weights(expected), first + len(arms)
     assert torch.equal(choices.cost(heights, "parameters"), cost)
+
+
+def test_choices_follow_where_rows_are_cut_anew() -> None:
+    """As rows of all tables are ranked in one list, blocks have other sizes whenever they are ranked."""
+    _, session, _ = nis()
+    search = session.algorithm
+    for shift in (0, 5):
+        if shift:
+            a, b = (cut.sizes for cut in session._tables.blocks)
+            moved = [(sizes[0] + shift, sizes[1] - shift, *sizes[2:]) for sizes in (a, b)]
+            cuts = zip(moved, session._tables.blocks, strict=True)
+            session._tables.cut([RowBlocks(sizes, cut.order) for sizes, cut in cuts])
+        assert [table.rows for table in search._choices(session).tables] == [cut.sizes for cut in session._tables.blocks]
 
 
 def test_mean_gates_are_the_mean_of_many_draws() -> None:

@@ -41,9 +41,8 @@ class _Alike:
 
     def mean_gates(self, probabilities: Tensor) -> Tensor:
         """Return the mean gates of choices drawn with probabilities (choices, widest): (n, S, D)."""
-        kept = self.tables[0].kept(self.menu).float()  # (choices, arms, S, T); choices share no block
         mine = probabilities[self._choices, : self.menu.shape[1]]
-        return torch.einsum("nca,cast->nst", mine, kept).repeat_interleave(self._widths, -1)
+        return torch.einsum("nca,casd->nsd", mine, self.tables[0].gates(self.menu))  # choices share no block
 
     def cost(self, heights: Tensor, unit: str) -> Tensor:
         """Return what heights (n, ..., T) cost, int64 (n, ...)."""
