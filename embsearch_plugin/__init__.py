@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from embsearch_plugin.space import SearchSpace
     from embsearch_plugin.streaming.replay import Replay
     from embsearch_plugin.streaming.session import StreamSession
+    from embsearch_plugin.study.drawing import suggest
     from embsearch_plugin.study.pruning import OptunaPruning
-    from embsearch_plugin.study.space import suggest
 
 _HOMES = {
     "AutoDim": "algorithms.autodim",

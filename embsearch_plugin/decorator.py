@@ -13,8 +13,8 @@ from embsearch_plugin.algorithms.base import AlgorithmConfig, SearchConfig
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.errors import SessionError, UnknownAlgorithm
 from embsearch_plugin.plugins import algorithm_config
+from embsearch_plugin.search.frequencies import Frequencies
 from embsearch_plugin.search.objective import Objective, train_task
-from embsearch_plugin.search.ranking import Frequencies
 from embsearch_plugin.search.session import ATTRIBUTE, Session
 from embsearch_plugin.space import SearchSpace
 from embsearch_plugin.streaming.base import StreamConfig

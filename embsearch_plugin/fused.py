@@ -18,8 +18,8 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from embsearch_plugin.errors import SessionError
+from embsearch_plugin.lookup.slots import Slot, slots_of
 from embsearch_plugin.optimizers import Slice
-from embsearch_plugin.supernet.slots import Slot, slots_of
 
 _POOLING = {PoolingType.SUM: PoolingMode.SUM, PoolingType.MEAN: PoolingMode.MEAN}
 

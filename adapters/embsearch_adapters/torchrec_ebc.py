@@ -15,11 +15,11 @@ from embsearch_plugin.collection import FoundCollection, Table
 from embsearch_plugin.compact.collection import CompactEmbeddingBagCollection
 from embsearch_plugin.errors import UnsupportedCollection
 from embsearch_plugin.hookspecs import hookimpl
+from embsearch_plugin.lookup.single import is_changed
 from embsearch_plugin.plan import TablePlan
 from embsearch_plugin.streaming.collection import StreamingEmbeddingBagCollection
 from embsearch_plugin.supernet.forms import Form
 from embsearch_plugin.supernet.searchable import SearchableEmbeddingBagCollection
-from embsearch_plugin.supernet.single import is_changed
 
 NAME = "torchrec_ebc"
 FUSED_MARKS = ("_optimizer_classes", "_optimizer_kwargs")  # of TorchRec's apply_optimizer_in_backward

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from embsearch_plugin.algorithms.base import SearchConfig
-from embsearch_plugin.algorithms.parts.fixed import Dims, FixedAllocation, WholeTableConfig
+from embsearch_plugin.algorithms.parts.allocation import Dims, FixedAllocation, WholeTableConfig
 from embsearch_plugin.algorithms.uniform import aligned, largest_dim, same_dim
 from embsearch_plugin.budget import Budget, human_bytes
 from embsearch_plugin.collection import Table

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from embsearch_plugin.algorithms.base import SearchConfig
-from embsearch_plugin.algorithms.parts.fixed import Dims, FixedAllocation, FixedConfig, proportional
+from embsearch_plugin.algorithms.parts.allocation import Dims, FixedAllocation, FixedConfig, proportional
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import Table
 from embsearch_plugin.errors import SettingsError

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from embsearch_plugin.algorithms.base import SearchConfig
-from embsearch_plugin.algorithms.parts.fixed import Dims, FixedAllocation, WholeTableConfig
+from embsearch_plugin.algorithms.parts.allocation import Dims, FixedAllocation, WholeTableConfig
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import Table
 from embsearch_plugin.errors import BudgetError, SettingsError, SpaceError

@@ -25,12 +25,13 @@ from embsearch_plugin.compact.columns import Layout, take_columns
 from embsearch_plugin.compact.fine import FineTable, FixedIndex
 from embsearch_plugin.compact.places import Holder, Places
 from embsearch_plugin.fused import FusedEmbeddingBags
+from embsearch_plugin.lookup.bags import check_readers, ids_of, ordered
+from embsearch_plugin.lookup.readers import Readers
+from embsearch_plugin.lookup.single import is_single, rows_of
+from embsearch_plugin.lookup.slots import Slot, slots_of
+from embsearch_plugin.lookup.tracing import leaf
 from embsearch_plugin.plan import PROJECTION_DTYPE, Chunk, TablePlan
 from embsearch_plugin.randomness import private_random
-from embsearch_plugin.supernet.bags import check_readers, ids_of, ordered
-from embsearch_plugin.supernet.readers import Readers
-from embsearch_plugin.supernet.single import is_single, rows_of
-from embsearch_plugin.supernet.slots import Slot, slots_of
 
 
 class TableIndex(FixedIndex):
@@ -160,6 +161,7 @@ class CompactEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         assert isinstance(self.chunks, EmbeddingBagCollection)
         self.chunks = FusedEmbeddingBags(self.chunks, fused_params, ids_checked=True)
 
+    @leaf
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Look up and pool: (B, sum of dims), keyed as the original."""
         features = ordered(maybe_td_to_kjt(features), self._features)

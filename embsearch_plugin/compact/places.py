@@ -13,9 +13,9 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embsearch_plugin.compact.fine import FixedIndex
+from embsearch_plugin.lookup.bags import ids_of, rows_at
+from embsearch_plugin.lookup.readers import Readers
 from embsearch_plugin.plan import TablePlan
-from embsearch_plugin.supernet.bags import ids_of, rows_at
-from embsearch_plugin.supernet.readers import Readers
 
 Bags = tuple[Tensor, Tensor, Tensor | None]
 """Values (n,), lengths (bags,), and weights (n,) where ids have weights."""

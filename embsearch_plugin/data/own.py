@@ -10,8 +10,8 @@ from torchrec.datasets.utils import Batch
 
 from embsearch_plugin.data.dataset import Batches, Dataset, Schema, Split
 from embsearch_plugin.errors import DataError, SettingsError
-from embsearch_plugin.own import accepted, imported, misfit
 from embsearch_plugin.tasks import TASKS
+from embsearch_plugin.user_code import accepted, imported, misfit
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from embsearch_plugin.data.dataset import Schema
 from embsearch_plugin.data.ranking import RankingBatch
 from embsearch_plugin.errors import ModelError
-from embsearch_plugin.supernet.bags import columns_of
+from embsearch_plugin.lookup.bags import columns_of
 from embsearch_plugin.tasks import CLICK, Task
 
 

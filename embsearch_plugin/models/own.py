@@ -8,7 +8,7 @@ from torch import nn
 
 from embsearch_plugin.data.dataset import Schema
 from embsearch_plugin.errors import ModelError
-from embsearch_plugin.own import accepted, imported, misfit
+from embsearch_plugin.user_code import accepted, imported, misfit
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from embsearch_plugin.data.dataset import Schema
+from embsearch_plugin.lookup.bags import columns_of
 from embsearch_plugin.models.common import TrainTask
-from embsearch_plugin.supernet.bags import columns_of
 from embsearch_plugin.tasks import STARS
 
 CLASSES = 5

@@ -12,8 +12,8 @@ from torchrec.models.dlrm import DLRM, DLRMTrain, InteractionArch, SparseArch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from embsearch_plugin.data.dataset import Schema
+from embsearch_plugin.lookup.bags import columns_of
 from embsearch_plugin.models.common import collection_for, require_clicks
-from embsearch_plugin.supernet.bags import columns_of
 
 
 @dataclass(frozen=True)

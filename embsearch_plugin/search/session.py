@@ -19,13 +19,14 @@ from embsearch_plugin.compact.fold import UNFOLDED, Fold
 from embsearch_plugin.compact.rewrite import rewrite
 from embsearch_plugin.errors import AttachError, PlanError, SessionError
 from embsearch_plugin.hookspecs import PROJECT, SessionHooks
+from embsearch_plugin.lookup.tracing import is_traced
 from embsearch_plugin.optimizers import check_hook_fires, exchange, join, takers_of_dense
 from embsearch_plugin.plan import SizePlan, mismatch
 from embsearch_plugin.plugins import manager
 from embsearch_plugin.randomness import private_random
+from embsearch_plugin.search.frequencies import Frequencies, Ranking, check_frequencies
 from embsearch_plugin.search.objective import Objective, move, train_task
 from embsearch_plugin.search.probe import Probe
-from embsearch_plugin.search.ranking import Frequencies, Ranking, check_frequencies
 from embsearch_plugin.search.tables import SearchedTables, SearchTable
 from embsearch_plugin.search.validation import ValidationStream
 from embsearch_plugin.space import RowBlocks, SearchSpace
@@ -542,7 +543,7 @@ def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 def _before_lookup(supernet: nn.Module, args: tuple[Any, ...]) -> None:
     """Tell a collection's session, if it has one, as above."""
     session = supernet.__dict__.get(SEARCHED_BY)
-    if session is not None:
+    if session is not None and not any(is_traced(each) for each in args):
         session._weight_lookup(supernet)
 
 

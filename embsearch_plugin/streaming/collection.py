@@ -19,9 +19,9 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from embsearch_plugin import distributed
 from embsearch_plugin.errors import UnsupportedCollection
+from embsearch_plugin.lookup.bags import ordered
+from embsearch_plugin.lookup.slots import slots_of
 from embsearch_plugin.streaming.table import GrowingTable
-from embsearch_plugin.supernet.bags import ordered
-from embsearch_plugin.supernet.slots import slots_of
 
 
 @dataclass(frozen=True)

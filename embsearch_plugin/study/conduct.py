@@ -24,10 +24,10 @@ from embsearch_plugin.run import differing
 from embsearch_plugin.space import SearchSpace, TableGroup
 from embsearch_plugin.study.config import Study, hidden
 from embsearch_plugin.study.cost import estimate
+from embsearch_plugin.study.drawing import REASON, suggest
 from embsearch_plugin.study.parameters import check, study_of
-from embsearch_plugin.study.parts import pruner_of, sampler_of
 from embsearch_plugin.study.results import STUDY, Findings, described, spent
-from embsearch_plugin.study.space import REASON, suggest
+from embsearch_plugin.study.samplers import pruner_of, sampler_of
 from embsearch_plugin.study.storage import alive, explained, name_metrics, retry, retry_lost, storage_of, url_of
 from embsearch_plugin.study.trial import STEPS, Objective, objectives_of
 from embsearch_plugin.study.workshop import RECIPE, Workshop

@@ -14,8 +14,8 @@ from embsearch_plugin.cells import DENSE, Row
 from embsearch_plugin.machine import machine, versions
 from embsearch_plugin.recipes import Recipe, recorded
 from embsearch_plugin.run import allocations_of
+from embsearch_plugin.study.drawing import REASON
 from embsearch_plugin.study.front import front, knee
-from embsearch_plugin.study.space import REASON
 from embsearch_plugin.study.trial import CELL, SECONDS, objectives_of, worth
 from embsearch_plugin.study.workshop import Workshop, with_method
 from embsearch_plugin.tasks import Metric

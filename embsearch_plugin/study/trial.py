@@ -16,9 +16,9 @@ from embsearch_plugin.evaluation import device_of
 from embsearch_plugin.recipes import Recipe
 from embsearch_plugin.search.objective import move
 from embsearch_plugin.study.config import BYTES, LATENCY, METRIC
+from embsearch_plugin.study.drawing import prune, suggest
 from embsearch_plugin.study.parameters import study_of
 from embsearch_plugin.study.pruning import report
-from embsearch_plugin.study.space import prune, suggest
 from embsearch_plugin.study.workshop import Workshop, place_of
 from embsearch_plugin.tasks import Metric, Task
 from embsearch_plugin.training import Epoch, Watcher, outermost_collections

@@ -6,7 +6,7 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from embsearch_plugin.supernet.slots import Slot
+from embsearch_plugin.lookup.slots import Slot
 
 
 class Pieces:

@@ -33,8 +33,7 @@ from embsearch_plugin.autocast import Autocast
 from embsearch_plugin.collection import Table
 from embsearch_plugin.errors import SessionError, UnsupportedCollection
 from embsearch_plugin.fused import FusedEmbeddingBags, requested
-from embsearch_plugin.space import RowBlocks
-from embsearch_plugin.supernet.bags import (
+from embsearch_plugin.lookup.bags import (
     SplitBags,
     check_readers,
     columns_of,
@@ -45,13 +44,15 @@ from embsearch_plugin.supernet.bags import (
     rows_at,
     split_by_cell,
 )
+from embsearch_plugin.lookup.readers import Read, Readers, TableRows
+from embsearch_plugin.lookup.single import is_single, rows_of
+from embsearch_plugin.lookup.slots import Slot, slots_of
+from embsearch_plugin.lookup.tracing import leaf
+from embsearch_plugin.space import RowBlocks
 from embsearch_plugin.supernet.captured import Captured
 from embsearch_plugin.supernet.forms import Form
 from embsearch_plugin.supernet.gating import gate_cells, gate_rows
 from embsearch_plugin.supernet.pieces import Pieces
-from embsearch_plugin.supernet.readers import Read, Readers, TableRows
-from embsearch_plugin.supernet.single import is_single, rows_of
-from embsearch_plugin.supernet.slots import Slot, slots_of
 from embsearch_plugin.supernet.virtual import VirtualRows
 
 # Of long bags each kernel's output is S times as large as the collection's; smaller ones can take each other's memory. A GPU
@@ -266,6 +267,7 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             self.group = before
 
     # What it does depends on ids and on the step; a compiled model is compiled around it, once.
+    @leaf
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Look up, gate and pool: (B, sum of dims), keyed as the original."""

@@ -11,9 +11,9 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 import embsearch_plugin as es
 from embsearch_plugin.collection import Table
 from embsearch_plugin.errors import InputError, PlanError
+from embsearch_plugin.lookup.bags import ordered
+from embsearch_plugin.lookup.readers import Readers
 from embsearch_plugin.plan import SizePlan, TablePlan
-from embsearch_plugin.supernet.bags import ordered
-from embsearch_plugin.supernet.readers import Readers
 
 
 def plan_for(world: str, dims: tuple[tuple[int, ...], ...]) -> SizePlan:

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torchrec.datasets.utils import Batch
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, ShardedEmbeddingBagCollection
 from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise, table_wise
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.distributed.types import ShardingPlan
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -26,6 +27,7 @@ from embsearch_plugin.files import read_state, write_state
 from embsearch_plugin.plan import SizePlan
 
 LR, STEPS, PROCESSES = 0.1, 8, 2
+Loop = Callable[[nn.Module, Any, Iterator[Batch]], list[float]]
 
 
 class RowWiseToo(EmbeddingBagCollectionSharder):
@@ -62,10 +64,18 @@ def built(world: World, form: str, folder: Path) -> tuple[nn.Module, Any]:
     return model, es.prepare(model, algorithm=es.Dnis(warm_up=3, lr=0.05), budget="40%")
 
 
-def train_and_derive(model: nn.Module, optimizer: Any, session: Any, world: World, rank: int | None) -> dict[str, Any]:
+def pipelined(model: nn.Module, optimizer: Any, batches: Iterator[Batch]) -> list[float]:
+    """Train by TorchRec's pipeline, which traces the model."""
+    pipeline = TrainPipelineSparseDist(model, optimizer, torch.device("cpu"))
+    return [float(pipeline.progress(batches)[0]) for _ in range(STEPS)]
+
+
+def train_and_derive(
+    model: nn.Module, optimizer: Any, session: Any, world: World, rank: int | None, loop: Loop = train
+) -> dict[str, Any]:
     if session is not None:
         session.attach(optimizer, validation=list(batches(world, range(900, 903), rank)))
-    losses = train(model, optimizer, batches(world, range(STEPS), rank))
+    losses = loop(model, optimizer, batches(world, range(STEPS), rank))
     if session is None:
         return {"losses": losses}
     plan = session.derive()
@@ -98,7 +108,7 @@ def sharded(model: nn.Module, sharding: str, weights: dict[str, torch.Tensor]) -
     return parallel
 
 
-def process(rank: int, world: str, form: str, sharding: str, folder: Path) -> None:
+def process(rank: int, world: str, form: str, sharding: str, loop: Loop, folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(PROCESSES), LOCAL_RANK=str(rank))
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES)
@@ -106,7 +116,7 @@ def process(rank: int, world: str, form: str, sharding: str, folder: Path) -> No
     parallel = sharded(model, sharding, dict(model.state_dict()))
     dense = [p for name, p in parallel.named_parameters() if "embedding_bags" not in name]
     assert session is None or es.session(parallel) is session
-    result = train_and_derive(parallel, torch.optim.SGD(dense, lr=LR), session, WORLDS[world], rank)
+    result = train_and_derive(parallel, torch.optim.SGD(dense, lr=LR), session, WORLDS[world], rank, loop)
     losses = torch.tensor(result["losses"])
     dist.all_reduce(losses)
     if rank == 0:
@@ -125,18 +135,27 @@ def process(rank: int, world: str, form: str, sharding: str, folder: Path) -> No
 @pytest.mark.parametrize("world", ["one id", "mean"])
 @pytest.mark.parametrize("sharding", ["table-wise", "row-wise"])
 def test_sharded_runs_agree_with_the_unsharded_run(world: str, sharding: str, tmp_path: Path) -> None:
-    plan = _agrees(world, "searchable", sharding, tmp_path / "searchable")
-    (tmp_path / "compact").mkdir()
-    plan.save(tmp_path / "compact" / "plan.json")
-    _agrees(world, "compact", sharding, tmp_path / "compact")
+    _agree(world, sharding, train, tmp_path)
 
 
-def _agrees(world: str, form: str, sharding: str, folder: Path) -> SizePlan | None:
+@pytest.mark.slow
+def test_pipelined_runs_agree_with_the_unsharded_run(tmp_path: Path) -> None:
+    _agree("one id", "table-wise", pipelined, tmp_path)
+
+
+def _agree(world: str, sharding: str, loop: Loop, folder: Path) -> None:
+    plan = _agrees(world, "searchable", sharding, loop, folder / "searchable")
+    (folder / "compact").mkdir()
+    plan.save(folder / "compact" / "plan.json")
+    _agrees(world, "compact", sharding, loop, folder / "compact")
+
+
+def _agrees(world: str, form: str, sharding: str, loop: Loop, folder: Path) -> SizePlan | None:
     folder.mkdir(exist_ok=True)
     model, session = built(WORLDS[world], form, folder)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     expected = train_and_derive(model, optimizer, session, WORLDS[world], None)
-    mp.spawn(process, (world, form, sharding, folder), nprocs=PROCESSES)
+    mp.spawn(process, (world, form, sharding, loop, folder), nprocs=PROCESSES)
     got = read_state(folder / "result")
     for name in ("losses", "gates") if session else ("losses",):
         torch.testing.assert_close(got[name], expected[name], atol=1e-5, rtol=1e-5)

@@ -12,8 +12,8 @@ import embsearch_plugin as es
 from embsearch_plugin.errors import RecipeError
 from embsearch_plugin.recipes import Recipe, parse_recipe
 from embsearch_plugin.space import SearchSpace
+from embsearch_plugin.study.drawing import shares
 from embsearch_plugin.study.parameters import check
-from embsearch_plugin.study.space import shares
 
 BASE: dict[str, Any] = {"data": "planted", "model": "dlrm", "search": {"algorithm": "dnis"}}
 

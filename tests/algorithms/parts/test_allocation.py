@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support import PLAIN, WORLDS, searched
 
 import embsearch_plugin as es
-from embsearch_plugin.algorithms.parts.fixed import Dims, padded_plan, proportional
+from embsearch_plugin.algorithms.parts.allocation import Dims, padded_plan, proportional
 from embsearch_plugin.collection import Table
 from embsearch_plugin.plan import SizePlan, TablePlan
 from embsearch_plugin.search.tables import SearchTable

@@ -9,11 +9,11 @@ from torch import Tensor
 from embsearch_plugin import distributed
 from embsearch_plugin.collection import Table
 from embsearch_plugin.errors import SessionError
+from embsearch_plugin.lookup.readers import TableRows
 from embsearch_plugin.randomness import private_random
 from embsearch_plugin.search.loaders import generators_of, unshared
 from embsearch_plugin.search.tables import SearchedTables
 from embsearch_plugin.space import SearchSpace, cut_tables
-from embsearch_plugin.supernet.readers import TableRows
 
 Frequencies = Mapping[str, Tensor] | Iterable[Any]
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embsearch_plugin.errors import InputError
-from embsearch_plugin.supernet.bags import (
+from embsearch_plugin.lookup.bags import (
     check_ids,
     has_long_bags,
     ids_of,

@@ -9,7 +9,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import embsearch_plugin as es
 from embsearch_plugin.errors import InputError
-from embsearch_plugin.supernet.readers import Readers
+from embsearch_plugin.lookup.readers import Readers
 
 IDS = st.lists(st.lists(st.lists(st.integers(-1, 6), max_size=3), min_size=2, max_size=2), min_size=3, max_size=3)
 

@@ -15,7 +15,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import embsearch_plugin as es
-from embsearch_plugin.supernet.single import is_single, rows_of
+from embsearch_plugin.lookup.single import is_single, rows_of
 
 KEYS = ("a", "b")
 

@@ -14,7 +14,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from embsearch_plugin.supernet.bags import has_long_bags
+from embsearch_plugin.lookup.bags import has_long_bags
 
 
 def is_single(collection: nn.Module, features: KeyedJaggedTensor) -> bool:

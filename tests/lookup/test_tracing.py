@@ -1,0 +1,53 @@
+"""Searchable and compact models under torch.fx, whose recorded graph computes what the model does."""
+
+import pytest
+import torch
+from support import WORLDS, default_optimizer, task, train
+from torch import Tensor, fx, nn
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+import embsearch_plugin as es
+
+
+class Columns(nn.Module):
+    """A module that can be traced but for its collection."""
+
+    def __init__(self, collection: nn.Module) -> None:
+        super().__init__()
+        self.collection = collection
+
+    def forward(self, features: KeyedJaggedTensor) -> Tensor:
+        output: Tensor = self.collection(features).values()
+        return output + 1
+
+
+@pytest.mark.parametrize("form", ["searchable", "compact"])
+def test_a_collection_is_a_leaf_of_a_graph(form: str) -> None:
+    world = WORLDS["mean"]
+    model = task(world)
+    session = es.prepare(model, algorithm=es.Dnis(warm_up=1), budget="40%")
+    told: list[int] = []
+    session.register(Told(told))
+    optimizer = default_optimizer(world)(model.parameters())
+    session.attach(optimizer, validation=[world.batch(16, seed=9)])
+    train(model, optimizer, [world.batch(16, seed=seed) for seed in range(3)])
+    if form == "compact":
+        session.compact(session.derive())
+    before = len(told)
+    columns = Columns(model.collection)
+    graph = fx.symbolic_trace(columns)
+    assert len(told) == before  # recording is no step of the loop
+    assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["collection"]
+    features = world.features(16, seed=5)
+    assert torch.equal(graph(features), columns(features))
+
+
+class Told:
+    """Notes the steps whose forward passes are announced."""
+
+    def __init__(self, steps: list[int]) -> None:
+        self.steps = steps
+
+    @es.hookimpl
+    def embsearch_before_forward(self, step: int) -> None:
+        self.steps.append(step)
