@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchrec.optim.keyed import CombinedOptimizer
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from embsearch_plugin.errors import AttachError
 
@@ -36,7 +37,7 @@ def check_hook_fires(optimizer: Any) -> None:
     while not _has_hooked_step(inner) and hasattr(inner, "_optimizer"):
         inner, path = inner._optimizer, f"{path}._optimizer"
     if _has_hooked_step(inner):
-        hint = f"attach the {type(inner).__name__} inside: attach({path}, ...)"
+        hint = f"attach the {type(inner).__name__} inside: attach({path}, ...), and make the wrapper anew after compact"
     else:
         hint = "attach the torch.optim optimizers it is made of: attach([...], ...)"
     raise AttachError(
@@ -123,8 +124,15 @@ def exchange(
         name = group["param_names"][index]
         group["param_names"][index : index + 1] = [f"{name}#{number}" for number in range(len(new))]
     optimizer.state.pop(old, None)
-    optimizer.state.update(zip(new, states, strict=False))
+    _begin_states(optimizer, new)
+    optimizer.state.update((p, state) for p, state in zip(new, states, strict=False) if state)
     return True
+
+
+def _begin_states(optimizer: Optimizer, new: Sequence[nn.Parameter]) -> None:
+    """Give new parameters the state of an optimizer that makes it when it is made, and not in its first step."""
+    if isinstance(optimizer, RowWiseAdagrad) and new:
+        optimizer.state.update(type(optimizer)(new, **optimizer.defaults).state)
 
 
 def _place(optimizer: Optimizer, parameter: nn.Parameter) -> tuple[dict[str, Any] | None, int]:
@@ -140,21 +148,29 @@ def add_beside(optimizer: Optimizer, known: nn.Parameter, new: Sequence[nn.Param
     group, index = _place(optimizer, known)
     if group is None:
         return False
-    join(group, new, index + 1)
+    join(optimizer, new, group, index + 1)
     return True
 
 
 def add_to_any(optimizers: Sequence[Optimizer], known: nn.Parameter, new: Sequence[nn.Parameter]) -> None:
     """Put new parameters beside ``known``; where none of the optimizers holds it, into the first group of the first one."""
     if not any(add_beside(optimizer, known, new) for optimizer in optimizers):
-        join(optimizers[0].param_groups[0], new)
+        join(optimizers[0], new)
 
 
-def join(group: dict[str, Any], new: Sequence[nn.Parameter], place: int | None = None) -> None:
+def join(
+    optimizer: Optimizer, new: Sequence[nn.Parameter], group: dict[str, Any] | None = None, place: int | None = None
+) -> None:
     """Put new parameters into a group that is there: schedulers know no groups but those that were there before them.
 
-    They stand from ``place`` on, by default at the end.
+    Args:
+        optimizer: of the group.
+        new: the parameters.
+        group: by default its first.
+        place: from which on they stand, by default at the end.
     """
+    group = optimizer.param_groups[0] if group is None else group
+    _begin_states(optimizer, new)
     place = len(group["params"]) if place is None else place
     group["params"][place:place] = new
     if "param_names" in group:
@@ -189,8 +205,8 @@ def _places_of(parameters: Iterable[nn.Parameter]) -> dict[int, int]:
 
 
 def takers_of_dense(optimizers: Sequence[Optimizer]) -> list[Optimizer]:
-    """Return the optimizers that take gradients of any layout: SparseAdam takes those of sparse tables only."""
-    return [optimizer for optimizer in optimizers if not isinstance(optimizer, torch.optim.SparseAdam)]
+    """Return the optimizers that take any parameter: SparseAdam takes sparse tables only, and RowWiseAdagrad what has rows."""
+    return [optimizer for optimizer in optimizers if not isinstance(optimizer, torch.optim.SparseAdam | RowWiseAdagrad)]
 
 
 def carried_states(optimizer: Optimizer, old: nn.Parameter, slices: Sequence[Slice]) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """A plan on a fresh model, and saving a compact model with its plan."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -104,12 +104,13 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
         PlanError: where a file is missing or damaged, or the plan is for another model.
     """
     folder = Path(folder)
-    model = apply(model, SizePlan.load(folder / PLAN))
+    plan = SizePlan.load(folder / PLAN)
     try:
         weights = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise PlanError(f"cannot read {folder / WEIGHTS}: {error}. Save the model again.") from error
-    wanted = _unique(model).keys()
+    model = apply(model, plan)
+    wanted = {name for name, _ in _named(model)}
     if wanted != weights.keys():
         missing, extra = sorted(wanted - weights.keys()), sorted(weights.keys() - wanted)
         raise PlanError(f"{folder / WEIGHTS} is for another model: it lacks {missing[:3]} and has {extra[:3]} besides.")
@@ -132,12 +133,17 @@ def _index(model: nn.Module) -> dict[str, Tensor]:
     return {f"{path}.{name}" if path else name: b for path, m in compact.items() for name, b in m.named_buffers()}
 
 
-def _unique(model: nn.Module) -> dict[str, Tensor]:
-    """Return the model's state with one name per tensor, though aliases have several, each with memory of its own."""
+def _named(model: nn.Module) -> Collection[tuple[str, Tensor]]:
+    """Return the tensors of the model's state with one name each, though aliases have several."""
     named: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         named.setdefault(id(tensor), (name, tensor))
-    return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in named.values()}
+    return named.values()
+
+
+def _unique(model: nn.Module) -> dict[str, Tensor]:
+    """Return the model's state with one name per tensor, each with memory of its own."""
+    return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in _named(model)}
 
 
 def _replacements(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:

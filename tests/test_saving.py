@@ -142,3 +142,15 @@ def test_a_weight_that_is_not_contiguous_is_saved(tmp_path: Path) -> None:
         models[-1].extra = nn.Parameter(torch.randn(4, 3, device=DEVICE).t())
     es.save(es.apply(models[0], plan), plan, tmp_path)
     assert torch.equal(es.load(tmp_path, models[1]).extra, models[0].extra)
+
+
+def test_a_load_that_fails_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    plan = searched(PLAIN)[1].derive()
+    saved = es.apply(task(PLAIN), plan)
+    es.save(saved, plan, tmp_path)
+    weights = (tmp_path / "model.safetensors").rename(tmp_path / "elsewhere")
+    model = task(PLAIN, seed=1)
+    with pytest.raises(PlanError, match="cannot read"):
+        es.load(tmp_path, model)
+    weights.rename(tmp_path / "model.safetensors")
+    assert torch.equal(es.load(tmp_path, model).eval()(PLAIN.batch())[0], saved.eval()(PLAIN.batch())[0])

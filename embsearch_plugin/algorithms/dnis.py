@@ -18,6 +18,7 @@ Differences from the paper:
       a plain SGD step there whatever optimizer the user has, as in Eq. 6.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -138,7 +139,7 @@ class DnisSearch:
         """Go on from ``state``."""
         self._set_alpha(list(state["alpha"]))
         if self._optimizer is not None and state["optimizer"]:
-            self._optimizer.load_state_dict(state["optimizer"])
+            self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it keeps the tensors
         vars(self._stop).update(state["stop"])
 
     def _set_alpha(self, values: Sequence[Tensor]) -> None:

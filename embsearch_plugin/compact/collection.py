@@ -56,8 +56,8 @@ class TableIndex(FixedIndex):
         """Return the table's output (B, D), of its stored columns: (B, K) where it has a projection, else padded, (B, D)."""
         if self.projection is not None:
             with torch.autocast(columns.device.type, enabled=False):  # as in a lookup, which autocast leaves alone
-                columns = columns @ self.projection
-        return columns if self.bias is None else columns + self.bias
+                columns = columns.float() @ self.projection.float()  # whatever the model was converted to
+        return columns if self.bias is None else columns + self.bias.float()
 
 
 def _placement(plan: TablePlan) -> Tensor | None:

@@ -150,7 +150,8 @@ def _exchange_outputs(
         add_to_any(dense, supernet.table_weight(index), new)
     elif new and optimizers:
         log.warning(
-            "SparseAdam takes no dense gradients: no optimizer holds the projection or bias of %s", compact.tables[index]
+            "SparseAdam takes no dense gradients, RowWiseAdagrad no biases: no optimizer holds the projection or bias of %s",
+            compact.tables[index],
         )
 
 

@@ -1,7 +1,8 @@
 """The loss after one virtual weight step, differentiable with respect to the gates (dnis.txt, Eq. 6 and 7)."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,11 @@ from embsearch_plugin.errors import SessionError
 from embsearch_plugin.search.objective import Objective, Outcome, outcome_of
 from embsearch_plugin.search.tables import SearchedTables
 from embsearch_plugin.supernet.virtual import VirtualRows
+
+CHECKPOINTED = (
+    "second-order gradients cannot go through activation checkpoints, or other hooks on saved tensors.\n"
+    "  Possible solutions: 1) first order (xi=0)  2) a model without checkpoints."
+)
 
 
 def after_weight_step(
@@ -28,7 +34,8 @@ def after_weight_step(
     reads are held. The weights themselves do not change.
 
     Raises:
-        SessionError: where tables are fused or sharded: their rows are not plain parameters.
+        SessionError: where tables are fused or sharded: their rows are not plain parameters; where the model has activation
+            checkpoints.
     """
     if not all(supernet.is_plain for supernet in tables.supernets):
         raise SessionError(
@@ -37,14 +44,16 @@ def after_weight_step(
         )
     rows = VirtualRows()
     weights = _other_weights(model, tables)
-    with tables.searching(gates, rows):
+    with tables.searching(gates, rows), _no_recomputing():
         train = outcome_of(objective, model, train_batch)
         leaves = [*weights.values(), *rows.leaves]
         found = torch.autograd.grad(train.loss, leaves, create_graph=True, allow_unused=True)
         gradients = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
-        moved = {name: w - rate * g for (name, w), g in zip(weights.items(), gradients, strict=False)}
+        moved = {f"model.{name}": w - rate * g for (name, w), g in zip(weights.items(), gradients, strict=False)}
         rows.move(gradients[len(weights) :], rate)
-        return outcome_of(objective, cast(nn.Module, _Moved(model, moved)), batch)
+        # An objective may call any part of the model, so it is run inside of what has the other weights.
+        outcome: Outcome = functional_call(_Run(objective, model), moved, (batch,))
+        return outcome
 
 
 def _other_weights(model: nn.Module, tables: SearchedTables) -> dict[str, nn.Parameter]:
@@ -52,14 +61,28 @@ def _other_weights(model: nn.Module, tables: SearchedTables) -> dict[str, nn.Par
     return {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside}
 
 
-class _Moved:
-    """A model as it would be with other weights."""
+class _Run(nn.Module):
+    """An objective on a model, as a module."""
 
-    def __init__(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-        self._model, self._weights = model, dict(weights)
+    def __init__(self, objective: Objective, model: nn.Module) -> None:
+        super().__init__()
+        self.objective, self.model = objective, model
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return functional_call(self._model, self._weights, args, kwargs)
+    def forward(self, batch: Any) -> Outcome:
+        return outcome_of(self.objective, self.model, batch)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
+
+@contextmanager
+def _no_recomputing() -> Iterator[None]:
+    """Refuse activation checkpoints: the gradient would run parts of the model again, with the weights as they are by then.
+
+    Raises:
+        SessionError: where the model has some.
+    """
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks(CHECKPOINTED):
+            yield
+    except RuntimeError as error:
+        if CHECKPOINTED in str(error):
+            raise SessionError(CHECKPOINTED) from error
+        raise

@@ -29,6 +29,7 @@ from embsearch_plugin.search.objective import Objective, move, train_task
 from embsearch_plugin.search.probe import Probe
 from embsearch_plugin.search.tables import SearchedTables, SearchTable
 from embsearch_plugin.search.validation import ValidationStream
+from embsearch_plugin.search.weight_steps import WeightSteps
 from embsearch_plugin.space import RowBlocks, SearchSpace
 from embsearch_plugin.supernet.forms import Form
 from embsearch_plugin.supernet.searchable import TooSmallBatch
@@ -88,9 +89,7 @@ class Session:
             supernet.__dict__[SEARCHED_BY] = self
             self._pre_hooks.append(supernet.register_forward_pre_hook(_before_lookup))
         self._optimizers: list[Optimizer] = []
-        self._step_hooks: list[Any] = []
-        self._stepped: set[int] = set()
-        self._forwards = 0  # training forwards up to the last step
+        self._weight_steps = WeightSteps(self._forwards, self._after_weight_step)
         self._announced = False  # whether plugins were told of a weight forward since the last step
         self._validation: ValidationStream | None = None
         self._training: ValidationStream | None = None
@@ -121,7 +120,9 @@ class Session:
     def tables(self) -> list[SearchTable]:
         """The tables and how their rows are cut; known from the first search step on."""
         if self._tables.blocks is None:
-            raise SessionError(f"rows are ranked after {self.config.warm_up} weight steps; {self.step_count} were taken.")
+            raise SessionError(
+                f"rows are ranked after {self.config.warm_up or self.config.every} weight steps; {self.step_count} were taken."
+            )
         return [SearchTable(s, b) for s, b in zip(self._tables.specs, self._tables.blocks, strict=True)]
 
     @property
@@ -207,14 +208,14 @@ class Session:
         """
         self._check_not_over()
         optimizers = list(dict.fromkeys(optimizer)) if isinstance(optimizer, Sequence) else [optimizer]
-        if self._step_hooks:
+        if self._weight_steps.attached:
             raise AttachError("this session is attached already; call detach() first.")
         for each in optimizers:
             check_hook_fires(each)
         self._validation = ValidationStream(validation, self.seed)
         self._training = None if training is None else ValidationStream(training, self.seed)
         self._optimizers = optimizers
-        self._step_hooks = [each.register_step_post_hook(self._after_optimizer_step) for each in optimizers]
+        self._weight_steps.attach(optimizers)
         self._train_forms()
 
     def _train_forms(self) -> None:
@@ -225,14 +226,15 @@ class Session:
         dense = takers_of_dense(self._optimizers)
         if forms and not dense:
             raise AttachError(
-                "what the search adds has dense gradients, and no attached optimizer takes them (SparseAdam does not).\n"
+                "what the search adds has dense gradients and any shape, and no attached optimizer takes that (SparseAdam and "
+                "RowWiseAdagrad do not).\n"
                 "  Possible solution: attach the optimizer of the other layers too: attach([sparse, dense], ...)."
             )
         for original, table in tables:
             if not any(exchange(optimizer, original, [table]) for optimizer in self._optimizers):
-                join(self._optimizers[0].param_groups[0], [table])
+                join(self._optimizers[0], [table])
         if forms:
-            join(dense[0].param_groups[0], forms)
+            join(dense[0], forms)
         if tables or forms:
             added = len(tables) + len(forms)
             log.info("the optimizer was made before the search: %d parameters of the search were added to it", added)
@@ -242,9 +244,7 @@ class Session:
 
         The optimizers are remembered: ``compact`` rewrites their state.
         """
-        for handle in self._step_hooks:
-            handle.remove()
-        self._step_hooks, self._stepped = [], set()
+        self._weight_steps.detach()
 
     def register(self, observer: object) -> None:
         """Add an observer: an object with hooks of :class:`embsearch_plugin.hookspecs.SessionHooks`."""
@@ -252,32 +252,41 @@ class Session:
         self._observers.append(observer)
 
     def step(self, batch: Any) -> Mapping[str, float]:
-        """Take one search step by hand on a validation batch; return its metrics."""
+        """Take one search step by hand on a validation batch; return its metrics.
+
+        Where no optimizer is attached, what the loop did since the last one counts as one weight step.
+
+        Raises:
+            AttachError: where the batch has too few examples.
+            SessionError: where nothing was trained yet, so that rows cannot be ranked; or the search is over.
+        """
         self._check_not_over()
-        return self._search_step(lambda: batch)
+        if not self._weight_steps.attached and self._weight_steps.is_new():
+            self._count_weight_step()
+        return self._search_step(lambda: batch, tries=1)
 
     def validated(self, metrics: Mapping[str, float]) -> None:
         """Tell the algorithm and the observers what a validation of the model gave."""
         self._plugins.hook.embsearch_validation_end(session=self, step=self.step_count, metrics=metrics)
 
-    def _after_optimizer_step(self, optimizer: Optimizer, *_: object) -> None:
-        self._stepped.add(id(optimizer))
-        forwards = sum(supernet.forwards for supernet in self._tables.supernets)
-        # A step that calls its parent's step fires the hook twice, the second time without a forward in between.
-        if len(self._stepped) < len(self._optimizers) or forwards == self._forwards:
-            return
-        self._stepped.clear()
-        self._forwards, self._announced = forwards, False
-        self.step_count += 1
+    def _forwards(self) -> int:
+        return self._tables.forwards()
+
+    def _after_weight_step(self) -> None:
+        self._count_weight_step()
         since = self.step_count - self.config.warm_up
         if since >= 0 and since % self.config.every == 0:
             assert self._validation is not None
             self._search_step(self._validation.next)
 
-    def _search_step(self, next_batch: Callable[[], Any]) -> Mapping[str, float]:
+    def _count_weight_step(self) -> None:
+        self._announced = False
+        self.step_count += 1
+
+    def _search_step(self, next_batch: Callable[[], Any], tries: int = 1000) -> Mapping[str, float]:
         try:
             self._rank()
-            metrics = self._on_first_usable(next_batch)
+            metrics = self._on_first_usable(next_batch, tries)
         except Exception as error:
             self._plugins.hook.embsearch_exception(session=self, error=error)
             raise
@@ -292,7 +301,7 @@ class Session:
             self._plugins.hook.embsearch_search_start(session=self)
             self._started = True
 
-    def _on_first_usable(self, next_batch: Callable[[], Any], tries: int = 1000) -> Mapping[str, float]:
+    def _on_first_usable(self, next_batch: Callable[[], Any], tries: int) -> Mapping[str, float]:
         """Take a search step on the first batch with enough examples (two, where the model has batch norm).
 
         No batch is drawn for an algorithm whose step takes none.
@@ -308,7 +317,8 @@ class Session:
                     return cast(Mapping[str, float], search_step(session=self, step=self.step_count, batch=batch))
             except TooSmallBatch:
                 log.info("skipped a validation batch of fewer than %d examples", smallest)
-        raise AttachError(f"a search step needs a validation batch of at least {smallest} examples; {tries} were smaller.")
+        what = f"{tries} in turn were" if tries > 1 else "this one is"
+        raise AttachError(f"a search step needs a validation batch of at least {smallest} examples; {what} smaller.")
 
     # Forward passes.
 
@@ -365,9 +375,9 @@ class Session:
         self._take_only_step()
         if not self.search_steps:
             raise SessionError(
-                f"derive needs at least one search step; {self.step_count} weight steps were taken, and the warm-up takes "
-                f"{self.config.warm_up}.\n  Possible solutions: 1) attach(optimizer, validation=...) before the loop  "
-                "2) train longer  3) a smaller warm_up."
+                f"derive needs at least one search step; {self.step_count} weight steps were taken, and the first search step "
+                f"follows {self.config.warm_up or self.config.every}.\n  Possible solutions: 1) attach(optimizer, "
+                "validation=...) before the loop  2) train longer  3) a smaller warm_up, or every."
             )
         ceiling = (self.budget if budget is None else Budget.of(budget)) if strict else None
         plan = cast(SizePlan, self._plugins.hook.embsearch_derive(session=self, budget=ceiling))

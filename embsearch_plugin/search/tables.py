@@ -89,16 +89,29 @@ class SearchedTables:
         for supernet, part in zip(self.supernets, self.split(blocks), strict=True):
             supernet.set_blocks(part, supernet.device)
 
+    def forwards(self) -> int:
+        """Return how often the model's owner has looked tables up with gradients."""
+        return sum(supernet.forwards for supernet in self.supernets)
+
     def kernel_states(self) -> list[dict[str, Any]]:
         """Return what fused kernels hold besides weights, a dict per fused collection."""
         return [s.inner.kernel_state() for s in self.supernets if isinstance(s.inner, FusedEmbeddingBags)]
 
     def load_kernel_states(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Go on from ``states``."""
+        """Go on from ``states``.
+
+        Raises:
+            SessionError: where they are of more, or fewer, fused collections.
+        """
         if states:
             for supernet in self.supernets:
                 supernet.fuse()
         fused = [s.inner for s in self.supernets if isinstance(s.inner, FusedEmbeddingBags)]
+        if len(states) != len(fused):
+            raise SessionError(
+                f"this state has {len(states)} collections on fused kernels, and the model {len(fused)}.\n  Possible "
+                "solutions: 1) prepare with the same fused=  2) load a state saved before the first forward pass before it."
+            )
         for inner, state in zip(fused, states, strict=True):
             inner.load_kernel_state(state)
 

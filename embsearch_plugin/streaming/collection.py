@@ -47,6 +47,7 @@ class StreamingEmbeddingBagCollection(EmbeddingBagCollectionInterface):
 
     Attributes:
         lookups: of the last forward pass, per table.
+        forwards: how often it was run to be trained.
         growth: says which entries (n,) of a table get wider rows, bool (n,): asked in training, before they are read.
     """
 
@@ -57,6 +58,7 @@ class StreamingEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self._features = list(dict.fromkeys(slot.feature for slot in self._slots))
         self.forms = nn.ModuleList(table.form for table in tables)
         self.lookups: list[Lookup] = []
+        self.forwards = 0
         self.growth: Callable[[GrowingTable, Tensor], Tensor] | None = None
         self._own, self._searching = False, False
         self.register_buffer("_anchor", torch.empty(0), persistent=False)  # stands where the model is moved to
@@ -73,6 +75,11 @@ class StreamingEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     def device(self) -> torch.device:
         """Where outputs are."""
         return self._anchor.device
+
+    @property
+    def _trains(self) -> bool:
+        """Whether a forward pass now is one of the loop's, to train on."""
+        return self.training and torch.is_grad_enabled() and not self._own
 
     @contextmanager
     def own_forward(self, *, searching: bool) -> Iterator[None]:
@@ -94,6 +101,7 @@ class StreamingEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         features = ordered(features, self._features)
         bags = dict(zip(self._features, self._bags_of(features), strict=True))
         self.lookups, columns = [], []
+        self.forwards += self._trains
         for number, table in enumerate(self.tables):
             slots = [slot for slot in self._slots if slot.table == number]
             columns += self._looked_up(table, [bags[slot.feature] for slot in slots], slots[0].mean)
@@ -108,9 +116,8 @@ class StreamingEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     def _looked_up(self, table: GrowingTable, bags: Sequence["_Bags"], mean: bool) -> list[Tensor]:
         """Return the output (B, D) of each of the features that are looked up in a table."""
         ids, inverse, times = torch.cat([each.ids for each in bags]).unique(return_inverse=True, return_counts=True)
-        training = self.training and torch.is_grad_enabled() and not self._own
-        entries = self._admitted(table, ids, times) if training else table.find(ids)
-        outputs = table.read(entries, self.device, training=training, searching=self._searching)
+        entries = self._admitted(table, ids, times) if self._trains else table.find(ids)
+        outputs = table.read(entries, self.device, training=self._trains, searching=self._searching)
         self.lookups.append(Lookup(entries[inverse], torch.cat([each.examples.cpu() for each in bags])))
         base = table.form.base()
         outputs = self._centred(outputs, entries, base)

@@ -24,6 +24,7 @@ from embsearch_plugin.randomness import private_random
 from embsearch_plugin.search.objective import Objective, Outcome, evaluating, move, outcome_of, train_task, untouched
 from embsearch_plugin.search.session import ATTRIBUTE
 from embsearch_plugin.search.validation import ValidationStream
+from embsearch_plugin.search.weight_steps import WeightSteps
 from embsearch_plugin.streaming.base import StreamAlgorithm, StreamConfig
 from embsearch_plugin.streaming.collection import Lookup, StreamingEmbeddingBagCollection
 from embsearch_plugin.streaming.serving import fill, plan_of, same_plans
@@ -65,7 +66,7 @@ class StreamSession:
         self._found = [replace(f, module=new) for f, new in zip(self._found, self._collections, strict=True)]
         self._handles = [model.register_forward_hook(_after_forward)]
         self._past: ValidationStream | None = None
-        self._steps: list[Any] = []
+        self._weight_steps = WeightSteps(self._forwards, self._after_weight_step)
         self._inside = False
         model.__dict__[ATTRIBUTE] = self
         self.algorithm.start(self)
@@ -163,7 +164,7 @@ class StreamSession:
         """Let a search step follow ``optimizer.step()``; have the optimizer train what the session added to the model.
 
         Args:
-            optimizer: the loop's optimizer, or several: a search step follows the step of the last one.
+            optimizer: the loop's optimizer, or several: a search step follows when each of them has stepped.
             validation: batches of the past: one is taken for each search step, and it is iterated anew when it ends, so an
                 iterable whose only batch is drawn from the past gives another one each time.
 
@@ -173,7 +174,7 @@ class StreamSession:
         """
         self._check_not_over()
         optimizers = list(dict.fromkeys(optimizer)) if isinstance(optimizer, Sequence) else [optimizer]
-        if self._steps:
+        if self._weight_steps.attached:
             raise AttachError("this session is attached already; call detach() first.")
         for each in optimizers:
             check_hook_fires(each)
@@ -193,14 +194,12 @@ class StreamSession:
             self._past = ValidationStream(validation, self.seed)
         added = [p for table in self.tables for p in table.form.parameters() if id(p) not in held]
         if added:
-            join(optimizers[0].param_groups[0], added)
-        self._steps = [optimizers[-1].register_step_post_hook(self._after_optimizer_step)]
+            join(optimizers[0], added)
+        self._weight_steps.attach(optimizers)
 
     def detach(self) -> None:
         """Take no more search steps; ``attach`` may be called again."""
-        for handle in self._steps:
-            handle.remove()
-        self._steps = []
+        self._weight_steps.detach()
 
     def step(self, batch: Any) -> Mapping[str, float]:
         """Take one search step by hand on a batch of the past; return its metrics."""
@@ -209,7 +208,10 @@ class StreamSession:
         self.search_steps += 1
         return metrics
 
-    def _after_optimizer_step(self, *_: object) -> None:
+    def _forwards(self) -> int:
+        return sum(collection.forwards for collection in self._collections)
+
+    def _after_weight_step(self) -> None:
         self.step_count += 1
         since = self.step_count - self.config.warm_up
         if self._past is not None and since >= 0 and since % self.config.every == 0:

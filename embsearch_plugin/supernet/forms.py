@@ -49,6 +49,11 @@ class Form(nn.Module):
         return None
 
 
+def unrounded(values: Tensor) -> torch.autocast:
+    """Compute as without autocast, as a lookup does, whose output is float32 whatever the rest of the model is in."""
+    return torch.autocast(values.device.type, enabled=False)
+
+
 class Projection(Form):
     """Gated rows times a trained matrix P (W, D), which starts as the identity (nis.txt, 3.3.1: the column chunks' P_t)."""
 
@@ -58,7 +63,8 @@ class Projection(Form):
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Return ``pooled`` (n, W) projected, (n, D)."""
-        return pooled.float() @ self.weight
+        with unrounded(pooled):
+            return pooled.float() @ self.weight.float()
 
     @classmethod
     def together(cls, forms: Sequence[Form], pooled: Tensor, gates: Sequence[Tensor]) -> Tensor | None:
@@ -67,4 +73,5 @@ class Projection(Form):
         if len(weights) < len(forms) or len({form.width for form in forms}) > 1:
             return None
         rows = pooled.float().view(len(pooled), len(forms), -1).transpose(0, 1)
-        return (rows @ torch.stack(weights)).transpose(0, 1).reshape(len(pooled), -1)
+        with unrounded(pooled):
+            return (rows @ torch.stack(weights).float()).transpose(0, 1).reshape(len(pooled), -1)

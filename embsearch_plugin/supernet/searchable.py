@@ -58,7 +58,7 @@ from embsearch_plugin.supernet.virtual import VirtualRows
 # Of long bags each kernel's output is S times as large as the collection's; smaller ones can take each other's memory. A GPU
 # has one kernel: there a step of 26 tables is mostly the time that it takes to launch them.
 KERNEL_COLUMNS = 256
-MOST_CELLS = 64  # of a feature that several tables read, whose blocks multiply; beyond, rows are gated one by one
+MOST_CELLS = 64  # of a feature that several tables read, whose blocks multiply; beyond, plain tables' rows are gated one by one
 
 
 class TooSmallBatch(Exception):
@@ -182,7 +182,8 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         Raises:
             UnsupportedCollection: where tables are fused or sharded: their kernels look up whole rows.
         """
-        self.fuse()  # where no forward has run yet
+        if kept:
+            self.fuse()  # where no forward has run yet
         if kept and not self.is_plain:
             raise UnsupportedCollection(
                 "single weights can be left out of tables only that are plain parameters; these are fused or sharded.\n"
@@ -359,8 +360,8 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         return [(slots, partial(self._without_trace, look_up)) for slots, look_up in runs]
 
     def _without_trace(self, look_up: Callable[[], Tensor]) -> Tensor:
-        """Look up; in a search step so that no backward reaches a table, and no kernel takes it for a step."""
-        if self._candidates is None:
+        """Look up; for a search so that no backward reaches a table, and no kernel takes it for a step."""
+        if self._candidates is None and not self.counts_always:
             return look_up()
         with torch.no_grad(), _steps_kept(self.inner):
             return look_up()

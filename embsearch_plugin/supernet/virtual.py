@@ -24,6 +24,8 @@ class VirtualRows:
 
     def lookup(self, table: Hashable, weight: Tensor, ids: Tensor) -> Tensor:
         """Return the rows (n, D) of ``ids``; ``table`` tells tables apart."""
+        if not weight.requires_grad:  # a frozen table: no step moves it
+            return weight.detach()[ids].float()
         if self._moves is None:
             unique, places = torch.unique(ids, return_inverse=True)
             self.leaves.append(weight.detach()[unique].float().requires_grad_())

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support import FORMED, PLAIN, moved, searched, tables_of, task, train
+from torchrec.optim import RowWiseAdagrad
 
 import embsearch_plugin as es
 from embsearch_plugin.errors import AttachError
@@ -181,3 +182,34 @@ def test_a_group_in_an_order_of_its_own_keeps_it() -> None:
     session.compact(session.derive("100%"))
     expected = [*model.over.parameters(), *reversed(list(model.collection.parameters()))]
     assert list(map(id, optimizer.param_groups[0]["params"])) == list(map(id, expected))
+
+
+@pytest.mark.parametrize("algorithm", [es.Spectral(), es.Nis(warm_up=2), es.AutoDim(candidates=(2, 4), every=1)])
+def test_an_optimizer_that_makes_its_state_at_once_takes_new_tables(algorithm: Any) -> None:
+    """TorchRec's RowWiseAdagrad, beside one for the other layers, which takes projections and biases."""
+    model = task(PLAIN)
+    rows = RowWiseAdagrad(model.collection.parameters(), lr=0.1)
+    rest = torch.optim.Adam(model.over.parameters())
+    session = es.prepare(model, algorithm=algorithm, budget="60%")
+    session.attach([rows, rest], validation=[PLAIN.batch(seed=9)])
+    both = Both(rows, rest)
+    train(model, both, [PLAIN.batch(seed=seed) for seed in range(4)])
+    session.compact(session.derive())
+    before = [p.detach().clone() for p in model.collection.parameters()]
+    train(model, both, [PLAIN.batch(seed=seed) for seed in range(3)])
+    assert before and not any(torch.equal(a, b) for a, b in zip(before, model.collection.parameters(), strict=True))
+
+
+class Both:
+    """Two optimizers, called as one."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        self.optimizers = optimizers
+
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()

@@ -271,26 +271,3 @@ def test_search_steps_repeat_the_loops_autocast() -> None:
     loss.backward()
     optimizer.step()
     assert seen == [torch.bfloat16, torch.bfloat16]
-
-
-def test_several_optimizers_make_one_step() -> None:
-    model = task(PLAIN)
-    session = es.prepare(model, algorithm=es.Dnis(warm_up=1))
-    both = [torch.optim.SGD(model.over.parameters(), lr=0.1), torch.optim.Adam(model.collection.parameters())]
-    session.attach(both, validation=[PLAIN.batch()])
-    model(PLAIN.batch())[0].backward()
-    both[0].step()
-    assert session.search_steps == 0
-    both[1].step()
-    assert session.search_steps == session.step_count == 1
-
-
-def test_a_step_that_calls_its_parents_step_is_one_step() -> None:
-    class Mine(torch.optim.SGD):
-        def step(self, closure: Any = None) -> Any:
-            return super().step(closure)
-
-    torch.optim.SGD([nn.Parameter(torch.zeros(1))])  # once torch has hooked the parent's step too
-    model, session, _ = searched(PLAIN, steps=5, optimizer=lambda params: Mine(params, lr=0.1))
-    assert session.step_count == 5
-    assert model is not None

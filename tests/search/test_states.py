@@ -12,7 +12,9 @@ import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from support import FORMED, PLAIN, WORLDS, Task, moved, searched, stored_bytes, tables_of, task, train
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 import embsearch_plugin as es
 from embsearch_plugin.errors import SessionError
@@ -254,3 +256,30 @@ def test_a_budget_that_would_not_be_kept_is_refused() -> None:
     _, session, _ = searched(PLAIN)
     with pytest.raises(SessionError, match=r"derive\(strict=False\) keeps no budget; leave out '10%'"):
         session.derive("10%", strict=False)
+
+
+def test_a_state_from_before_the_first_forward_is_refused_after_it() -> None:
+    state = es.prepare(task(PLAIN), fused=FUSED, algorithm=es.Dnis()).state_dict()
+    _, session, _ = searched(PLAIN, steps=1, fused=FUSED, algorithm=es.Dnis(), space=None)
+    with pytest.raises(SessionError, match="0 collections on fused kernels, and the model 1"):
+        session.load_state_dict(state)
+
+
+def test_loading_a_fresh_state_fuses_nothing() -> None:
+    """The model may still be moved and converted until its first forward."""
+    state = es.prepare(task(PLAIN), fused=FUSED).state_dict()
+    model = task(PLAIN)
+    es.prepare(model, fused=FUSED).load_state_dict(state)
+    model.double()
+    assert isinstance(model.collection.inner, EmbeddingBagCollection)
+
+
+@pytest.mark.parametrize("algorithm", [es.Dnis(warm_up=1), es.AutoDim(candidates=(2, 4), every=1)])
+def test_a_state_that_was_loaded_stays_what_it_was(algorithm: Any) -> None:
+    state = searched(PLAIN, steps=3, algorithm=algorithm)[1].state_dict()
+    before = [leaf.clone() for leaf in tree_leaves(state["algorithm"]) if isinstance(leaf, torch.Tensor)]
+    model, session, optimizer = searched(PLAIN, steps=0, algorithm=algorithm)
+    session.load_state_dict(state)
+    train(model, optimizer, [PLAIN.batch(seed=seed) for seed in range(3)])
+    after = [leaf for leaf in tree_leaves(state["algorithm"]) if isinstance(leaf, torch.Tensor)]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))

@@ -182,3 +182,17 @@ def test_counting_a_loader_changes_no_random_state(shuffle: bool, generator: tor
     before = random_states(), generator and generator.get_state().tolist()
     session.step(PLAIN.batch(seed=9))
     assert (random_states(), generator and generator.get_state().tolist()) == before
+
+
+def test_counting_a_loader_is_none_of_the_loops_passes() -> None:
+    """Fused kernels of some optimizers take every forward with gradients for a step."""
+    model = task(PLAIN)
+    loader = [PLAIN.batch(seed=i) for i in range(3)]
+    session = es.prepare(model, algorithm=es.Dnis(warm_up=1), frequencies=loader)
+    graphs: list[bool] = []
+    model.collection.inner.register_forward_hook(lambda module, inputs, output: graphs.append(torch.is_grad_enabled()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    session.attach(optimizer, validation=[PLAIN.batch(seed=9)])
+    train(model, optimizer, [PLAIN.batch(seed=5)])
+    assert session.search_steps == 1 and model.collection.forwards == 1
+    assert sum(graphs) <= 1

@@ -347,3 +347,27 @@ def test_a_model_on_the_meta_device_is_refused() -> None:
         model = task(PLAIN)
     with pytest.raises(UnsupportedCollection, match="'collection' is on the meta device"):
         es.prepare(model, algorithm=Toy())
+
+
+def test_autocast_rounds_no_projection() -> None:
+    """A lookup's output is float32 whatever the rest of the model is in, so what follows it is, too."""
+    model, session, _ = toy(PLAIN)
+    features = PLAIN.features(16, seed=3)
+    for form in ("searched", "compact"):
+        if form == "compact":
+            session.compact(session.derive())
+        expected = model.collection(features).values()
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            got = model.collection(features).values()
+        assert torch.equal(got, expected)  # in float32, too
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_compact_projection_may_be_converted_for_serving(dtype: torch.dtype) -> None:
+    model, session, _ = toy(WORLDS["mean"])
+    session.compact(session.derive())
+    features = WORLDS["mean"].features(16, seed=3)
+    expected = model.collection(features).values()
+    got = model.collection.to(dtype)(features).values()
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, expected, rtol=0.02, atol=0.02)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from embsearch_plugin.collection import Table
 from embsearch_plugin.compact.fold import UNFOLDED, Fold
-from embsearch_plugin.supernet.forms import Form
+from embsearch_plugin.supernet.forms import Form, unrounded
 
 Lookup = Literal["shared", "separate"]
 
@@ -117,11 +117,6 @@ class OwnDim(CandidateForm):
         return UNFOLDED
 
 
-def _unrounded(values: Tensor) -> torch.autocast:
-    """Compute as without autocast: padding and weighing columns is no work to save, and batch norm wants float32 weights."""
-    return torch.autocast(values.device.type, enabled=False)
-
-
 class PaddedCandidates(CandidateForm):
     """Candidates padded with zeros (Eq. 3, 4 and 7).
 
@@ -146,7 +141,7 @@ class PaddedCandidates(CandidateForm):
 
     def forward(self, pooled: Tensor, gates: Tensor) -> Tensor:
         """Return the weighed sum (n, D) of what is pooled (n, W); gates are (1, N) or (n, N)."""
-        with _unrounded(pooled):
+        with unrounded(pooled):
             return self._added(self.norm(pooled) * (gates @ self.reads))
 
     @classmethod
@@ -155,7 +150,7 @@ class PaddedCandidates(CandidateForm):
         padded = [form for form in forms if isinstance(form, PaddedCandidates)]
         if len(padded) < len(forms):
             return None
-        with _unrounded(pooled):
+        with unrounded(pooled):
             weights = torch.cat([(gate @ form.reads)[0] for form, gate in zip(padded, gates, strict=True)])
             weighed = BatchNorm.together([form.norm for form in padded], pooled, weights)
             if all(form.in_place for form in padded):

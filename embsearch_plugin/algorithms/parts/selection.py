@@ -1,5 +1,6 @@
 """Selecting one of a table's candidate dims: what AutoDim and SAM share (autodim.txt, II.B.3, II.D.1, III.B)."""
 
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -151,7 +152,7 @@ class CandidateSearch:
         """Go on from ``state``."""
         self._random.set_state(state["random"].cpu())
         if state["optimizer"]:
-            self._set_vectors(state["vectors"]).load_state_dict(state["optimizer"])
+            self._set_vectors(state["vectors"]).load_state_dict(copy.deepcopy(state["optimizer"]))  # it keeps the tensors
 
     def sample(self, step: int) -> Tensor:
         """Return p (M, N) of Eq. 6. The noise -log(-log(u)) is minus the log of an exponential variable."""
