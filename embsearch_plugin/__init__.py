@@ -69,7 +69,7 @@ _HOMES = {
     "save": "saving",
     "searchable": "decorator",
     "session": "decorator",
-    "suggest": "study.space",
+    "suggest": "study.drawing",
 }
 
 __all__ = [

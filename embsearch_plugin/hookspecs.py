@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from embsearch_plugin.algorithms.base import AlgorithmConfig
     from embsearch_plugin.budget import Budget
     from embsearch_plugin.collection import FoundCollection
+    from embsearch_plugin.compact.collection import CompactEmbeddingBagCollection
     from embsearch_plugin.compact.fold import Fold
     from embsearch_plugin.plan import SizePlan, TablePlan
     from embsearch_plugin.search.session import Session
     from embsearch_plugin.supernet.forms import Form
+    from embsearch_plugin.supernet.searchable import SearchableEmbeddingBagCollection
 
 PROJECT = "embsearch"
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -47,7 +49,9 @@ class GlobalHooks(Protocol):
         """
 
     @hookspec
-    def embsearch_build_supernet(self, collection: FoundCollection, forms: Sequence[Form]) -> nn.Module | None:
+    def embsearch_build_supernet(
+        self, collection: FoundCollection, forms: Sequence[Form]
+    ) -> SearchableEmbeddingBagCollection | None:
         """Build the searchable form of a collection. Runs once per collection, when a model is prepared.
 
         For the adapter that found it; every other adapter returns ``None``. ``forms`` are what the algorithm wants to
@@ -56,7 +60,9 @@ class GlobalHooks(Protocol):
         """
 
     @hookspec
-    def embsearch_build_compact(self, collection: FoundCollection, plan: Sequence[TablePlan]) -> nn.Module | None:
+    def embsearch_build_compact(
+        self, collection: FoundCollection, plan: Sequence[TablePlan]
+    ) -> CompactEmbeddingBagCollection | None:
         """Build the compact form of a collection, its weights not yet filled in. Runs when a plan is applied.
 
         For the adapter that found it; every other adapter returns ``None``.

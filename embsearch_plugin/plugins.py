@@ -4,16 +4,21 @@ from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from typing import Any, TypeVar
 
 import pluggy
 from torch import nn
 
 from embsearch_plugin.algorithms.base import AlgorithmConfig
 from embsearch_plugin.collection import FoundCollection
+from embsearch_plugin.compact.collection import CompactEmbeddingBagCollection
 from embsearch_plugin.errors import AdapterConflict, EmbsearchError, NoCollectionFound, UnknownAlgorithm, did_you_mean
 from embsearch_plugin.hookspecs import PROJECT, GlobalHooks
 from embsearch_plugin.plan import TablePlan
 from embsearch_plugin.supernet.forms import Form
+from embsearch_plugin.supernet.searchable import SearchableEmbeddingBagCollection
+
+Built = TypeVar("Built", bound=nn.Module)
 
 BUILTIN = (
     "embsearch_plugin.algorithms.autodim",
@@ -139,19 +144,31 @@ def _lookalikes(model: nn.Module) -> str:
     return f"\n  Looks like one but no adapter takes it: {shown}. Put its tables into a torchrec EmbeddingBagCollection."
 
 
-def build_supernet(collection: FoundCollection, forms: Sequence[Form]) -> nn.Module:
+def build_supernet(collection: FoundCollection, forms: Sequence[Form]) -> SearchableEmbeddingBagCollection:
     """Build the searchable form of a collection by the adapter that found it."""
-    return _only(manager().hook.embsearch_build_supernet(collection=collection, forms=forms), collection)
+    answers = manager().hook.embsearch_build_supernet(collection=collection, forms=forms)
+    return _only(answers, collection, SearchableEmbeddingBagCollection)
 
 
-def build_compact(collection: FoundCollection, plan: Sequence[TablePlan]) -> nn.Module:
+def build_compact(collection: FoundCollection, plan: Sequence[TablePlan]) -> CompactEmbeddingBagCollection:
     """Build the compact form of a collection by the adapter that found it."""
-    return _only(manager().hook.embsearch_build_compact(collection=collection, plan=plan), collection)
+    answers = manager().hook.embsearch_build_compact(collection=collection, plan=plan)
+    return _only(answers, collection, CompactEmbeddingBagCollection)
 
 
-def _only(answers: list[nn.Module], collection: FoundCollection) -> nn.Module:
+def _only(answers: list[Any], collection: FoundCollection, kind: type[Built]) -> Built:
+    """Return the one answer.
+
+    Raises:
+        AdapterConflict: where there is none, or more than one, or it is something else.
+    """
     if len(answers) != 1:
         raise AdapterConflict(
             f"exactly one adapter must build {collection.paths[0]!r}, found by {collection.adapter!r}; {len(answers)} did."
+        )
+    if not isinstance(answers[0], kind):
+        raise AdapterConflict(
+            f"what takes the place of {collection.paths[0]!r}, found by the adapter {collection.adapter!r}, must be a "
+            f"{kind.__name__}; got a {type(answers[0]).__name__}."
         )
     return answers[0]

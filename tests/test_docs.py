@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 import embsearch_plugin as es
+from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.hookspecs import GlobalHooks, SessionHooks
 from embsearch_plugin.recipe_fields import _section, described_fields, markdown
+from embsearch_plugin.search.probe import Probe
+from embsearch_plugin.search.session import Session
 from embsearch_plugin.study.config import Study
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -51,6 +54,17 @@ def test_every_public_name_has_a_docstring(name: str) -> None:
         doc = value.__doc__ or ""
         assert not doc.startswith(f"{name}(")
     assert doc.strip()
+
+
+OF_A_LOOP = {"attach", "detach", "step", "validated", "derive", "compact", "state_dict", "load_state_dict"}
+OF_A_RUN = {"folds", "least_weight_steps", "build", "look_up"}  # what runs ask, made of what else is said there
+
+
+@pytest.mark.parametrize("owner", [Session, Probe, SearchConfig])
+def test_what_an_algorithm_may_use_and_say_is_in_the_guide(owner: type) -> None:
+    guide = (DOCS / "extending.md").read_text(encoding="utf-8")
+    public = {name for name in vars(owner) if not name.startswith("_")} - OF_A_LOOP - OF_A_RUN
+    assert [name for name in sorted(public) if not re.search(rf"`[^`]*\b{name}\b[^`]*`", guide)] == []
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)

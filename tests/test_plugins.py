@@ -2,14 +2,16 @@
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
-from support import PLAIN, task
+from embsearch_adapters import torchrec_ebc
+from support import PLAIN, searched, task
 from torch import nn
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 import embsearch_plugin as es
 from embsearch_plugin.algorithms.base import AlgorithmConfig
@@ -105,6 +107,27 @@ def test_a_collection_is_built_by_exactly_one_adapter() -> None:
     manager().register(taking("collection"), name="greedy")
     with pytest.raises(AdapterConflict, match=r"exactly one adapter must build 'collection', found by 'greedy'; 0 did\."):
         es.prepare(task(PLAIN))
+
+
+@pytest.mark.parametrize("form", ["searchable", "compact"])
+def test_an_adapter_that_builds_something_else_is_named_and_the_model_stays(form: str) -> None:
+    plan = searched(PLAIN)[1].derive() if form == "compact" else None
+
+    @es.hookimpl
+    def build(collection: FoundCollection) -> nn.Module:
+        return nn.Identity()
+
+    @es.hookimpl
+    def find(model: nn.Module) -> Sequence[FoundCollection]:
+        return [replace(found, adapter="greedy") for found in torchrec_ebc.embsearch_find_collections(model)]
+
+    manager().unregister(name="torchrec_ebc")
+    hooks = {"embsearch_find_collections": find, "embsearch_build_supernet": build, "embsearch_build_compact": build}
+    manager().register(SimpleNamespace(**hooks), name="greedy")
+    model = task(PLAIN)
+    with pytest.raises(AdapterConflict, match=r"'collection', found by the adapter 'greedy', must be a .*; got a Identity"):
+        es.prepare(model) if plan is None else es.apply(model, plan)
+    assert type(model.collection) is EmbeddingBagCollection
 
 
 def test_a_model_without_a_collection_is_shown_what_looks_like_one() -> None:

@@ -91,7 +91,6 @@ def _gates_of(gate: Tensor, lookup: Tensor, rows: Tensor | None, columns: Tensor
 def compact_form(found: FoundCollection, plans: Sequence[TablePlan], training: bool) -> CompactEmbeddingBagCollection:
     """Build a collection's compact form, not yet filled."""
     compact = build_compact(found, plans)
-    assert isinstance(compact, CompactEmbeddingBagCollection)
     if isinstance(compact.chunks, EmbeddingBagCollection):
         for table, plan in zip(found.tables, plans, strict=True):
             sparse = found.module.get_submodule(f"embedding_bags.{table.name}").sparse

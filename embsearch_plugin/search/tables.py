@@ -62,9 +62,7 @@ class SearchedTables:
             _refuse_meta(found)
         if fused is not None:
             check_fused_widths(self.specs, space)
-        self.supernets = [
-            cast(SearchableEmbeddingBagCollection, build_supernet(f, own)) for f, own in zip(self.found, forms, strict=True)
-        ]
+        self.supernets = [build_supernet(f, own) for f, own in zip(self.found, forms, strict=True)]
         for supernet in self.supernets:
             supernet.fused_params, supernet.folds_gates = fused, folds_gates
         self.blocks: list[RowBlocks] | None = None
