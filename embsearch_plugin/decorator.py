@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
 from torch import nn
 
@@ -25,10 +25,10 @@ _depth: ContextVar[int] = ContextVar("embsearch_construction_depth", default=0)
 
 
 @overload
-def prepare(
+def prepare(  # type: ignore[overload-overlap]  # a literal is a text, too
     model: nn.Module,
     *,
-    algorithm: StreamConfig,
+    algorithm: StreamConfig | Literal["esapn", "autoemb", "darts", "fixed"],
     budget: Budget | str | None = None,
     objective: Objective = train_task,
     seed: int = 0,
@@ -78,6 +78,14 @@ def prepare(
     Returns:
         The session; ``session(model)`` finds it again. For an algorithm on streams (``esapn``, ``autoemb``, ``darts``,
         ``fixed``) it is a :class:`~embsearch_plugin.streaming.session.StreamSession`, and the tables' rows are the plugin's.
+
+    Raises:
+        UnknownAlgorithm: where no algorithm has that name.
+        NoCollectionFound, UnsupportedCollection: where the model has no tables, or some that cannot be searched.
+        SpaceError: where these tables cannot be cut as asked.
+        BudgetError: where a budget cannot be read.
+        SessionError: where an option does not go with the algorithm.
+        AdapterConflict: where two adapters take the same table.
     """
     _check_is_module(model, "prepare takes")
     config = algorithm_config(algorithm)
@@ -98,8 +106,10 @@ def _refuse_for_streams(config: StreamConfig, **options: object) -> None:
         )
 
 
-def session(model: nn.Module) -> Session:
+def session(model: nn.Module) -> Session | Any:
     """Return the search on ``model``; sees through DDP, DistributedModelParallel, ``torch.compile`` and wrappers.
+
+    For an algorithm on streams it is a :class:`~embsearch_plugin.streaming.session.StreamSession`, which the type leaves open.
 
     Raises:
         SessionError: where there is none, or more than one.

@@ -118,7 +118,7 @@ class Session:
 
     @property
     def tables(self) -> list[SearchTable]:
-        """The tables and how their rows are cut; known from the first search step on."""
+        """The tables and how their rows are cut; known from the first search step on, and a SessionError before it."""
         if self._tables.blocks is None:
             raise SessionError(
                 f"rows are ranked after {self.config.warm_up or self.config.every} weight steps; {self.step_count} were taken."
@@ -247,7 +247,11 @@ class Session:
         self._weight_steps.detach()
 
     def register(self, observer: object) -> None:
-        """Add an observer: an object with hooks of :class:`embsearch_plugin.hookspecs.SessionHooks`."""
+        """Add an observer: an object with hooks of :class:`embsearch_plugin.hookspecs.SessionHooks`.
+
+        Raises:
+            SessionError: where it has a hook that does not exist, or asks one for what it does not offer.
+        """
         self._plugins = _plugins_of(self.algorithm, [*self._observers, observer])
         self._observers.append(observer)
 
@@ -368,6 +372,8 @@ class Session:
         Raises:
             SessionError: before the first search step, and for a budget that would not be kept.
             BudgetError: where no plan fits.
+            AllocationError: where no allocation was found in time.
+            NonFiniteLoss: where a candidate's loss on the shared weights is no number.
         """
         self._tables.check_dtypes()
         if budget is not None and not strict:
