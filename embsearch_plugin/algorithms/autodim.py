@@ -48,8 +48,8 @@ import torch
 
 from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.algorithms.parts.selection import CandidateDims, CandidateSearch
-from embsearch_plugin.errors import SettingsError
 from embsearch_plugin.hookspecs import hookimpl
+from embsearch_plugin.limits import Limits, at_least
 
 if TYPE_CHECKING:
     from embsearch_plugin.search.session import Session
@@ -64,13 +64,9 @@ class AutoDim(CandidateDims):
     """
 
     name: ClassVar[str] = "autodim"
+    limits: ClassVar[Limits] = {"xi": at_least(0)}
     every: int = 10
     xi: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.xi >= 0:
-            raise SettingsError(f"xi must be at least 0; got {self.xi}")
 
     def build(self) -> "AutoDimSearch":
         """Return a new search."""

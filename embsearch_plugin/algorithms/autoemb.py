@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from embsearch_plugin.algorithms.base import AlgorithmConfig
-from embsearch_plugin.algorithms.esapn import FREQUENCY_WIDTH
 from embsearch_plugin.algorithms.parts.mixture import Mixture, SoftConfig, SoftSearch
-from embsearch_plugin.errors import SettingsError
+from embsearch_plugin.algorithms.parts.row_sizes import FREQUENCY_WIDTH
 from embsearch_plugin.hookspecs import hookimpl
+from embsearch_plugin.limits import Limits, at_least
 from embsearch_plugin.randomness import private_random
 from embsearch_plugin.streaming.forms import Entries
 from embsearch_plugin.streaming.table import GrowingTable
@@ -41,13 +41,9 @@ class AutoEmb(SoftConfig):
     """
 
     name: ClassVar[str] = "autoemb"
+    limits: ClassVar[Limits] = {"hidden": at_least(1), "frequencies": at_least(1)}
     hidden: int = 512
     frequencies: int = 1000
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.hidden < 1 or self.frequencies < 1:
-            raise SettingsError(f"hidden and frequencies must be at least 1; got {self.hidden} and {self.frequencies}")
 
     def build(self) -> "AutoEmbSearch":
         """Return the algorithm of one session."""

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Union, get_args
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import Table
 from embsearch_plugin.errors import SettingsError
+from embsearch_plugin.limits import Limits, at_least, check_limits
 from embsearch_plugin.ranges import Ranges
 from embsearch_plugin.space import SearchSpace
 from embsearch_plugin.supernet.forms import Form
@@ -83,8 +84,9 @@ class AlgorithmConfig:
     It is one of two kinds: a :class:`SearchConfig`, or a :class:`~embsearch_plugin.streaming.base.StreamConfig`, whose rows
     are made as ids come.
 
-    What a study needs to know:
-        ``ranges``: what is sensible for the fields that are worth tuning; a recipe may say otherwise.
+    What it declares of its fields:
+        ``ranges``: what is sensible for those that are worth tuning, for studies; a recipe may say otherwise.
+        ``limits``: what those that are numbers must be; a class adds those of its own fields.
 
     Args:
         warm_up: weight steps before the first search step. Ids are counted meanwhile (and after it: ranks are refreshed
@@ -94,14 +96,14 @@ class AlgorithmConfig:
 
     name: ClassVar[str]
     ranges: ClassVar[Ranges] = {}
+    limits: ClassVar[Limits] = {"warm_up": at_least(0), "every": at_least(1)}
     warm_up: int = 50
     every: int = 1
 
     def __post_init__(self) -> None:
         for name, kind in _kinds_of(type(self)).items():
             kind.check(name, getattr(self, name))
-        if self.warm_up < 0 or self.every < 1:
-            raise SettingsError(f"warm_up must be at least 0 and every at least 1; got {self.warm_up} and {self.every}")
+        check_limits(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from embsearch_plugin.algorithms.base import AlgorithmConfig
-from embsearch_plugin.algorithms.esapn import widths_within
 from embsearch_plugin.algorithms.parts.mixture import Mixture, SoftConfig, SoftSearch
+from embsearch_plugin.algorithms.parts.row_sizes import widths_within
 from embsearch_plugin.collection import Table
 from embsearch_plugin.hookspecs import hookimpl
 from embsearch_plugin.streaming.forms import Entries

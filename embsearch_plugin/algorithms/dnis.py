@@ -29,8 +29,8 @@ from torch import Tensor
 from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.algorithms.parts.pruning import prune_pairs, prune_weights
 from embsearch_plugin.budget import Budget
-from embsearch_plugin.errors import SettingsError
 from embsearch_plugin.hookspecs import hookimpl
+from embsearch_plugin.limits import Limits, above, at_least
 from embsearch_plugin.plan import SizePlan
 from embsearch_plugin.ranges import Range, Ranges
 
@@ -55,6 +55,14 @@ class Dnis(SearchConfig):
     """
 
     name: ClassVar[str] = "dnis"
+    limits: ClassVar[Limits] = {
+        "lr": above(0),
+        "xi": at_least(0),
+        "threshold": at_least(0),
+        "epsilon": above(0),
+        "patience": at_least(1),
+        "window": at_least(1),
+    }
     ranges: ClassVar[Ranges] = {
         "lr": Range(1e-3, 0.1, log=True),
         "warm_up": Range(10, 1000, log=True),
@@ -67,16 +75,6 @@ class Dnis(SearchConfig):
     epsilon: float = 1e-7
     patience: int = 10
     window: int = 100
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.lr > 0 or not self.xi >= 0 or not self.threshold >= 0 or not self.epsilon > 0:  # nor may they be NaN
-            raise SettingsError(
-                "lr and epsilon must be above 0, xi and threshold at least 0; got "
-                f"{self.lr}, {self.epsilon}, {self.xi} and {self.threshold}"
-            )
-        if self.patience < 1 or self.window < 1:
-            raise SettingsError(f"patience and window must be at least 1; got {self.patience} and {self.window}")
 
     @property
     def cuts_columns(self) -> bool:

@@ -26,7 +26,6 @@ Differences from the paper:
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -34,9 +33,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embsearch_plugin.algorithms.base import AlgorithmConfig
+from embsearch_plugin.algorithms.parts.row_sizes import FREQUENCY_WIDTH, check_candidates, widths_within
 from embsearch_plugin.collection import Table
-from embsearch_plugin.errors import SettingsError
 from embsearch_plugin.hookspecs import hookimpl
+from embsearch_plugin.limits import Limits, above, at_least
 from embsearch_plugin.randomness import private_random
 from embsearch_plugin.streaming.base import StreamAlgorithm, StreamConfig
 from embsearch_plugin.streaming.collection import Lookup
@@ -48,7 +48,6 @@ if TYPE_CHECKING:
     from embsearch_plugin.streaming.session import StreamSession
 
 UNCHANGE, ENLARGE = 0, 1
-FREQUENCY_WIDTH = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +63,12 @@ class Esapn(StreamConfig):
     """
 
     name: ClassVar[str] = "esapn"
+    limits: ClassVar[Limits] = {
+        "hidden": at_least(1),
+        "lr": above(0),
+        "losses": at_least(1),
+        "frequencies": at_least(1),
+    }
     candidates: tuple[int, ...] = (2, 4, 8, 16, 64, 128)
     hidden: int = 512
     lr: float = 0.0001
@@ -73,11 +78,6 @@ class Esapn(StreamConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_candidates(self.candidates)
-        if self.hidden < 1 or not self.lr > 0 or self.losses < 1 or self.frequencies < 1:
-            raise SettingsError(
-                "hidden, losses and frequencies must be at least 1 and lr above 0; got "
-                f"{self.hidden}, {self.losses}, {self.frequencies} and {self.lr}"
-            )
 
     def extras(self, table: Table) -> dict[str, tuple[int, ...]]:
         """Return that of the last losses, the newest first, and of how many there are."""
@@ -90,17 +90,6 @@ class Esapn(StreamConfig):
     def build(self) -> "EsapnSearch":
         """Return the algorithm of one session."""
         return EsapnSearch(self)
-
-
-def check_candidates(candidates: Sequence[int]) -> None:
-    """Raise a SettingsError unless candidates ascend from 1 or more."""
-    if not candidates or candidates[0] < 1 or any(b <= a for a, b in pairwise(candidates)):
-        raise SettingsError(f"candidates must be positive, ascending and differ; got {list(candidates)}")
-
-
-def widths_within(candidates: Sequence[int], dim: int) -> list[int]:
-    """Return the candidates below a table's width, and that width."""
-    return [*(width for width in candidates if width < dim), dim]
 
 
 class EsapnSearch(StreamAlgorithm):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.algorithms.parts.allocation import Dims, FixedAllocation, WholeTableConfig
-from embsearch_plugin.algorithms.uniform import aligned, largest_dim, same_dim
+from embsearch_plugin.algorithms.parts.uniform_dims import aligned, largest_dim, same_dim
 from embsearch_plugin.budget import Budget, human_bytes
 from embsearch_plugin.collection import Table
 from embsearch_plugin.errors import BudgetError, SettingsError, SpaceError, did_you_mean

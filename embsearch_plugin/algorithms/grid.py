@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.algorithms.parts.allocation import Dims, FixedAllocation, WholeTableConfig
-from embsearch_plugin.algorithms.uniform import Uniform, aligned, does_not_fit, fitting_dims, same_dim
+from embsearch_plugin.algorithms.parts.uniform_dims import aligned, does_not_fit, fitting_dims, same_dim
+from embsearch_plugin.algorithms.uniform import Uniform
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import Table
 from embsearch_plugin.errors import BudgetError, SettingsError

@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.algorithms.parts.pruning import kept_pairs, kept_weights, prune_pairs, prune_weights
 from embsearch_plugin.budget import Budget
-from embsearch_plugin.errors import SettingsError
 from embsearch_plugin.hookspecs import hookimpl
+from embsearch_plugin.limits import Limits, at_least
 from embsearch_plugin.plan import SizePlan, fine_index_bytes
 from embsearch_plugin.ranges import Ranges
 
@@ -52,18 +52,12 @@ class Magnitude(SearchConfig):
 
     name: ClassVar[str] = "magnitude"
     ranges: ClassVar[Ranges] = {"relative": (False, True)}
+    limits: ClassVar[Limits] = {"threshold": at_least(0), "rounds": at_least(1)}
     starts_from: ClassVar[Literal["scratch", "dense"]] = "dense"
     fine_grained: bool = False
     relative: bool = False
     threshold: float = 0.01
     rounds: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.rounds < 1:
-            raise SettingsError(f"rounds must be at least 1; got {self.rounds}")
-        if not self.threshold >= 0:
-            raise SettingsError(f"threshold must be at least 0; got {self.threshold}")
 
     @property
     def cuts_rows(self) -> bool:

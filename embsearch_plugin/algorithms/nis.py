@@ -53,6 +53,7 @@ from embsearch_plugin.collection import Table
 from embsearch_plugin.compact.fold import Fold
 from embsearch_plugin.errors import NonFiniteLoss, QualityError, SettingsError
 from embsearch_plugin.hookspecs import hookimpl
+from embsearch_plugin.limits import Limits, above, at_least
 from embsearch_plugin.plan import SizePlan, TablePlan
 from embsearch_plugin.ranges import Range, Ranges
 from embsearch_plugin.space import SearchSpace
@@ -83,6 +84,12 @@ class Nis(SearchConfig):
     """
 
     name: ClassVar[str] = "nis"
+    limits: ClassVar[Limits] = {
+        "penalty": at_least(0),
+        "lr": above(0),
+        "group": at_least(1),
+        "score_batches": at_least(1),
+    }
     ranges: ClassVar[Ranges] = {
         "mode": ("se", "me"),
         "penalty": Range(1e-3, 1.0, log=True),
@@ -101,11 +108,6 @@ class Nis(SearchConfig):
         super().__post_init__()
         if self.mode not in ("se", "me"):
             raise SettingsError(f"mode must be 'se' or 'me'; got {self.mode!r}")
-        if min(self.group, self.score_batches) < 1 or not self.lr > 0 or not self.penalty >= 0:
-            raise SettingsError(
-                "group and score_batches must be at least 1, lr above 0, penalty at least 0; got "
-                f"{self.group}, {self.score_batches}, {self.lr}, {self.penalty}"
-            )
         quality_of(self.quality)
 
     @property

@@ -27,6 +27,7 @@ from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import Table
 from embsearch_plugin.errors import SettingsError
 from embsearch_plugin.hookspecs import hookimpl
+from embsearch_plugin.limits import Limits, at_least
 from embsearch_plugin.ranges import Range, Ranges
 from embsearch_plugin.space import SearchSpace
 
@@ -47,6 +48,7 @@ class Random(FixedConfig):
 
     name: ClassVar[str] = "random"
     ranges: ClassVar[Ranges] = {"by": ("table", "block"), "draw": Range(0, 15)}
+    limits: ClassVar[Limits] = {"draws": at_least(1), "draw": at_least(0), "seed": at_least(0)}
     by: Literal["table", "block"] = "table"
     draws: int | None = None
     draw: int | None = None
@@ -56,10 +58,6 @@ class Random(FixedConfig):
         super().__post_init__()
         if self.by not in ("table", "block"):
             raise SettingsError(f"by must be 'table' or 'block'; got {self.by!r}")
-        if self.n_draws < 1 or self.seed < 0 or (self.draw is not None and self.draw < 0):
-            raise SettingsError(
-                f"draws must be at least 1, draw and seed at least 0; got {self.draws}, {self.draw} and {self.seed}"
-            )
 
     @property
     def n_draws(self) -> int:

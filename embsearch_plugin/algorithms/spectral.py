@@ -40,12 +40,14 @@ from torch import Tensor
 
 from embsearch_plugin import distributed
 from embsearch_plugin.algorithms.base import SearchConfig
-from embsearch_plugin.algorithms.uniform import Uniform, fitting_dims
+from embsearch_plugin.algorithms.parts.uniform_dims import fitting_dims
+from embsearch_plugin.algorithms.uniform import Uniform
 from embsearch_plugin.budget import Budget, Option, TableOptions, allocate_among
 from embsearch_plugin.collection import Table
 from embsearch_plugin.compact.fold import UNFOLDED, Fold
 from embsearch_plugin.errors import AttachError, SettingsError
 from embsearch_plugin.hookspecs import hookimpl
+from embsearch_plugin.limits import Limits, above, at_least, share
 from embsearch_plugin.plan import SizePlan, TablePlan, placement_bytes, projected_column_bytes, remap_bytes
 from embsearch_plugin.ranges import Range, Ranges
 from embsearch_plugin.search.validation import NO_EXAMPLES
@@ -72,6 +74,12 @@ class Spectral(SearchConfig):
 
     name: ClassVar[str] = "spectral"
     ranges: ClassVar[Ranges] = {"floor": Range(1e-4, 0.1, log=True), "fine_tuning": Range(0.1, 1.0)}
+    limits: ClassVar[Limits] = {
+        "batches": at_least(1),
+        "floor": share(one=True),
+        "tolerance": share(zero=True),
+        "fine_tuning": above(0),
+    }
     starts_from: ClassVar[Literal["scratch", "dense"]] = "dense"
     examples_apart: ClassVar[bool] = True
     every: int = 50  # a step costs nothing; at steps the rows are ranked anew, where they were last at half as many
@@ -83,11 +91,6 @@ class Spectral(SearchConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.batches < 1 or not 0 < self.floor <= 1 or not 0 <= self.tolerance < 1 or not self.fine_tuning > 0:
-            raise SettingsError(
-                "batches must be at least 1, floor in (0, 1], tolerance in [0, 1) and fine_tuning above 0; got "
-                f"{self.batches}, {self.floor}, {self.tolerance} and {self.fine_tuning}"
-            )
         if any(dim < 1 for dim in self.rivals) or len(set(self.rivals)) < len(self.rivals):
             raise SettingsError(f"rivals must be positive dims, no one twice; got {list(self.rivals)}")
 

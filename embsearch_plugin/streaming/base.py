@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from embsearch_plugin.algorithms.base import AlgorithmConfig
 from embsearch_plugin.collection import Table
 from embsearch_plugin.errors import SettingsError
+from embsearch_plugin.limits import Limits, above, at_least
 from embsearch_plugin.streaming.collection import Lookup
 from embsearch_plugin.streaming.forms import RowForm
 from embsearch_plugin.streaming.row_optimizers import ROW_OPTIMIZERS, RowOptimizer
@@ -31,6 +32,7 @@ class StreamConfig(AlgorithmConfig):
         init_std: standard deviation of the normal numbers that new rows hold.
     """
 
+    limits: ClassVar[Limits] = {"row_lr": above(0), "init_std": at_least(0)}
     warm_up: int = 1
     rows: Literal["adam", "rowwise_adagrad"] = "adam"
     row_lr: float = 0.01
@@ -40,8 +42,6 @@ class StreamConfig(AlgorithmConfig):
         super().__post_init__()
         if self.rows not in ROW_OPTIMIZERS:
             raise SettingsError(f"rows must be one of {', '.join(ROW_OPTIMIZERS)}; got {self.rows!r}")
-        if not (self.row_lr > 0 and self.init_std >= 0):
-            raise SettingsError(f"row_lr must be above 0 and init_std at least 0; got {self.row_lr} and {self.init_std}")
 
     @property
     def row_optimizer(self) -> RowOptimizer:

@@ -12,7 +12,7 @@ from support import PLAIN, WORLDS, relative_error, searched, stored_bytes, task,
 from torch import Tensor
 
 import embsearch_plugin as es
-from embsearch_plugin.algorithms.uniform import largest_dim
+from embsearch_plugin.algorithms.parts.uniform_dims import largest_dim
 from embsearch_plugin.bench.workload import FUSED
 from embsearch_plugin.collection import Table
 from embsearch_plugin.errors import BudgetError, SpaceError, UnsupportedCollection

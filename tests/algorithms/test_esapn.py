@@ -10,7 +10,8 @@ from support import PLAIN, STREAMING, WORLDS, streamed, train
 from torch import Tensor, nn
 
 import embsearch_plugin as es
-from embsearch_plugin.algorithms.esapn import ENLARGE, EsapnSearch, widths_within
+from embsearch_plugin.algorithms.esapn import ENLARGE, EsapnSearch
+from embsearch_plugin.algorithms.parts.row_sizes import widths_within
 from embsearch_plugin.streaming.collection import Lookup
 from embsearch_plugin.streaming.session import StreamSession
 from embsearch_plugin.streaming.table import GrowingTable

@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from embsearch_plugin.algorithms.esapn import check_candidates, widths_within
+from embsearch_plugin.algorithms.parts.row_sizes import check_candidates, widths_within
 from embsearch_plugin.collection import Table
-from embsearch_plugin.errors import SettingsError
+from embsearch_plugin.limits import Limits, above
 from embsearch_plugin.streaming.base import StreamAlgorithm, StreamConfig
 from embsearch_plugin.streaming.forms import Entries, RowForm
 from embsearch_plugin.streaming.rows import Piece
@@ -24,14 +25,13 @@ class SoftConfig(StreamConfig):
         lr: learning rate of Adam for what makes the weights.
     """
 
+    limits: ClassVar[Limits] = {"lr": above(0)}
     candidates: tuple[int, ...] = (2, 4, 8, 16, 64, 128)
     lr: float = 0.0001
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_candidates(self.candidates)
-        if not self.lr > 0:
-            raise SettingsError(f"lr must be above 0; got {self.lr}")
 
     def row_form(self, table: Table) -> "Mixture":
         """Return a mixture."""

@@ -18,6 +18,7 @@ from embsearch_plugin.collection import Table
 from embsearch_plugin.compact.fold import UNFOLDED, Fold
 from embsearch_plugin.errors import PlanError, SettingsError, SpaceError
 from embsearch_plugin.hookspecs import hookimpl
+from embsearch_plugin.limits import Limits, above, at_least
 from embsearch_plugin.plan import Block, SizePlan, TablePlan
 from embsearch_plugin.ranges import Range, Ranges
 from embsearch_plugin.space import SearchSpace
@@ -44,6 +45,7 @@ class CandidateDims(SearchConfig):
             as tables x candidates x batches.
     """
 
+    limits: ClassVar[Limits] = {"lr": above(0), "scored_on": at_least(1)}
     ranges: ClassVar[Ranges] = {
         "candidates": ((2, 4, 6, 8, 10), (4, 8, 16), (4, 8, 16, 32)),
         "transform": ("padding", "linear"),
@@ -67,8 +69,6 @@ class CandidateDims(SearchConfig):
                 "lookup must be 'shared' or 'separate', and transform 'padding' or 'linear'; "
                 f"got {self.lookup!r} and {self.transform!r}"
             )
-        if not (self.lr > 0 and self.scored_on >= 1):
-            raise SettingsError(f"lr must be above 0 and scored_on at least 1; got {self.lr} and {self.scored_on}")
 
     @property
     def cuts_rows(self) -> bool:
