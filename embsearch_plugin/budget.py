@@ -303,7 +303,10 @@ class _Knapsack:
             options={"mip_rel_gap": 1e-9, "time_limit": TIME_LIMIT},
         )
         if found.x is None:
-            raise AllocationError(f"the allocation within {limit:,} could not be solved: {found.message}")
+            raise AllocationError(
+                f"the best allocation within {limit:,} was not found in {TIME_LIMIT} s: {found.message}\n  Possible solutions: "
+                "1) fewer row_blocks or column_chunks  2) another budget."
+            )
         status: int = found.status
         if status == 1:
             log.warning("the allocation within %s is the best that was found in %d s, not proven", f"{limit:,}", TIME_LIMIT)

@@ -27,7 +27,8 @@ from embsearch_plugin.models.neumf import NeuMf
 from embsearch_plugin.recipes import OPTIMIZERS, Fused, Recipe, Tune, load_recipe
 from embsearch_plugin.report.headline import headline
 from embsearch_plugin.report.text import results_markdown
-from embsearch_plugin.run import opened, run
+from embsearch_plugin.run import run
+from embsearch_plugin.run_folder import opened
 from embsearch_plugin.tasks import TASKS
 from embsearch_plugin.training import Epoch, Watcher
 

@@ -16,7 +16,7 @@ from embsearch_plugin.streaming.forms import Plain, RowForm
 
 @dataclass(frozen=True, kw_only=True)
 class Fixed(StreamConfig):
-    """Settings of rows of one width."""
+    """Settings of rows of one width. It takes no search steps, so ``warm_up`` and ``every`` say nothing here."""
 
     name: ClassVar[str] = "fixed"
 

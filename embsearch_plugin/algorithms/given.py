@@ -80,7 +80,10 @@ class GivenDims(FixedAllocation):
         weights = sum(spec.rows * dim for spec, dim in zip(session.specs, chosen, strict=True))
         size = sum(spec.rows * dim * spec.dtype.itemsize for spec, dim in zip(session.specs, chosen, strict=True))
         if (size if budget.unit == "bytes" else weights) > budget.limit(session.original_bytes):
-            raise BudgetError(f"the given dims do not fit {budget}: they need {human_bytes(size)}, {weights:,} parameters.")
+            raise BudgetError(
+                f"the given dims do not fit {budget}: they need {human_bytes(size)}, {weights:,} parameters.\n  Possible "
+                "solutions: 1) smaller dims  2) raise the budget to what they need."
+            )
         return [(dim,) * len(table.blocks.sizes) for dim, table in zip(chosen, session.tables, strict=True)]
 
 

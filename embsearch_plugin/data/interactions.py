@@ -1,8 +1,6 @@
 """Pairs of a user and an item, as the papers' collaborative filtering takes them from a log of ratings: two fields, no numbers.
 
-For top-k recommendation a file says what the test split is: a parquet file with the columns ``user`` (each once), ``positive``
-(the item of the user's last rating) and ``negatives`` (a list of items, for each user as many). That is the protocol of
-He et al. (2017), which nis.txt, 4.1.1, follows; but the paper draws 99 negatives anew for each batch of the test.
+For top-k recommendation a file says what the test split is: see ``data/leave_one_out.py``.
 """
 
 from collections.abc import Mapping
@@ -10,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import polars as pl
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from embsearch_plugin.data.dataset import Field, Schema, Split, TabularDataset, random_split, require_file
+from embsearch_plugin.data.dataset import Field, Schema, Split, TabularDataset, random_split
+from embsearch_plugin.data.leave_one_out import read_test_split
 from embsearch_plugin.data.ranking import RankingDataset
 from embsearch_plugin.errors import DataError
 from embsearch_plugin.tasks import RATING, TOP_K, Task
@@ -72,7 +70,7 @@ def top_k_dataset(ratings: Ratings, item: str, path: Path, validation: float, se
     Raises:
         DataError: where the file is missing, malformed, or does not fit the ratings.
     """
-    last, negatives = _read_leave_one_out(path, ratings)
+    last, negatives = read_test_split(path, ratings.users, ratings.items)
     keys = [pairs[:, 0] * len(ratings.items) + pairs[:, 1] for pairs in (ratings.pairs, last)]
     rest = ratings.pairs[~torch.isin(*keys)]
     if len(rest) + len(last) != len(ratings.pairs):
@@ -80,26 +78,3 @@ def top_k_dataset(ratings: Ratings, item: str, path: Path, validation: float, se
     parts = random_split(len(rest), (1 - validation, validation, 0.0), seed)
     pairs: dict[Split, Tensor] = {"train": rest[parts["train"]], "validation": rest[parts["validation"]], "test": last}
     return RankingDataset(ratings.schema(item, TOP_K), pairs, negatives)
-
-
-def _read_leave_one_out(path: Path, ratings: Ratings) -> tuple[Tensor, Tensor]:
-    """Return the test split: int64 (U, 2), users and positives; int64 (U, C), negatives."""
-    require_file(path, "it, or write it: parquet with each user's last rating; columns user, positive, negatives (a list)")
-    try:
-        frame = pl.read_parquet(path, columns=["user", "positive", "negatives"])
-        counts = frame["negatives"].list.len().unique().to_list()
-    except pl.exceptions.PolarsError as error:
-        raise DataError(f"{path} must be a parquet file with the columns user, positive and negatives; got: {error}") from error
-    if len(counts) != 1 or not counts[0] or frame["user"].is_duplicated().any():
-        raise DataError(f"{path} must hold each user once, all with as many negatives; got {counts[:3]}. Try: make it anew.")
-    users, positives = _ids(path, frame["user"], ratings.users), _ids(path, frame["positive"], ratings.items)
-    negatives = _ids(path, frame["negatives"].explode(), ratings.items)
-    return torch.stack([users, positives], dim=1), negatives.view(len(users), -1)
-
-
-def _ids(path: Path, names: pl.Series, ids: Mapping[str, int]) -> Tensor:
-    found = names.cast(pl.String).replace_strict(ids, default=None, return_dtype=pl.Int64)
-    if found.has_nulls():
-        unknown = names.filter(found.is_null())[0]
-        raise DataError(f"{path}, column {names.name!r}: must occur in the ratings, got {unknown!r}. Try: make the file anew.")
-    return torch.from_numpy(found.to_numpy(writable=True))

@@ -6,7 +6,7 @@ They are in latin-1, one record per line, with values separated by ``::``:
     users.dat     UserID::Gender::Age::Occupation::Zip-code
     movies.dat    MovieID::Title (Year)::Genre|Genre
 
-For top-k recommendation a fourth file stands beside them, ``leave_one_out.parquet``: see ``data/interactions.py``.
+For top-k recommendation a fourth file stands beside them, ``leave_one_out.parquet``: see ``data/leave_one_out.py``.
 """
 
 import re
@@ -32,6 +32,7 @@ from embsearch_plugin.data.dataset import (
     split_of,
 )
 from embsearch_plugin.data.interactions import Ratings, occurring, rating_dataset, top_k_dataset
+from embsearch_plugin.data.leave_one_out import FILE, write_test_split
 from embsearch_plugin.data.ranking import RankingDataset
 from embsearch_plugin.errors import DataError, SettingsError, did_you_mean
 from embsearch_plugin.tasks import CLICK, TASKS
@@ -110,7 +111,7 @@ class MovieLens1M:
         log = _log(ratings, users.position, movies.position)
         if self.task == "rating":
             return rating_dataset(log, "movie", self._splits(ratings[3]))
-        return top_k_dataset(log, "movie", folder / "leave_one_out.parquet", self.split[1], self.seed)
+        return top_k_dataset(log, "movie", folder / FILE, self.split[1], self.seed)
 
     def _splits(self, times: NDArray[np.int64]) -> dict[Split, torch.Tensor]:
         if self.split_by == "time":
@@ -285,19 +286,9 @@ def write_sample(folder: str | Path, *, users: int = 200, movies: int = 100, rat
     _write(folder / "users.dat", range(1, users + 1), genders, ages, occupations, zip_codes)
     _write(folder / "movies.dat", range(1, movies + 1), titles, genres)
     _write(folder / "ratings.dat", user + 1, movie + 1, stars, range(978_300_000, 978_300_000 + len(user)))
-    _write_last(folder / "leave_one_out.parquet", user, movie, rng)
+    write_test_split(folder / FILE, user + 1, movie + 1, np.arange(len(user)), seed)
 
 
 def _write(path: Path, *columns: Iterable[object]) -> None:
     records = zip(*columns, strict=True)
     path.write_text("".join("::".join(map(str, record)) + "\n" for record in records), encoding="latin-1")
-
-
-def _write_last(path: Path, user: NDArray[np.int64], movie: NDArray[np.int64], rng: np.random.Generator) -> None:
-    """Write each user's last rating, and movies of others that she did not rate."""
-    last = dict(zip(user.tolist(), movie.tolist(), strict=True))
-    others = {one: rng.permutation(np.setdiff1d(movie, movie[user == one])) for one in last}
-    count = min(99, *map(len, others.values()))
-    negatives = [(movies[:count] + 1).tolist() for movies in others.values()]
-    columns = {"user": [one + 1 for one in last], "positive": [one + 1 for one in last.values()], "negatives": negatives}
-    pl.DataFrame(columns, schema_overrides={"negatives": pl.List(pl.Int64)}).write_parquet(path)

@@ -2,14 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from embsearch_plugin.algorithms.fixed import Fixed
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.data import stream
 from embsearch_plugin.errors import SettingsError
+from embsearch_plugin.limits import Limits, above, at_least, check_limits
 from embsearch_plugin.models.stream_mlp import StreamMlp
 from embsearch_plugin.plain import structured
+from embsearch_plugin.plugins import algorithms
 from embsearch_plugin.recipes import methods_of
 from embsearch_plugin.streaming.base import StreamConfig
 from embsearch_plugin.streaming.table import cap_in_bytes
@@ -26,17 +28,14 @@ class StreamTrain:
         checkpoint: batches from one checkpoint to the next.
     """
 
+    limits: ClassVar[Limits] = {"batch_size": at_least(1), "lr": above(0), "last": at_least(1), "checkpoint": at_least(1)}
     batch_size: int = 500
     lr: float = 0.001
     last: int = 100_000
     checkpoint: int = 500
 
     def __post_init__(self) -> None:
-        if min(self.batch_size, self.last, self.checkpoint) < 1 or not self.lr > 0:
-            raise SettingsError(
-                "batch_size, last and checkpoint must be at least 1 and lr above 0; got "
-                f"{self.batch_size}, {self.last}, {self.checkpoint} and {self.lr}"
-            )
+        check_limits(self)
 
 
 @dataclass(frozen=True)
@@ -60,12 +59,16 @@ class StreamSearch:
             raise SettingsError("baselines must hold at least one algorithm, to compare with")
         for config in (self.algorithm, *self.baselines):
             if not isinstance(config, StreamConfig):
-                raise SettingsError(f"{config.name!r} does not work on streams; fixed, esapn, autoemb and darts do")
+                raise SettingsError(f"{config.name!r} does not work on streams; {', '.join(_of_streams())} do")
 
     @property
     def methods(self) -> dict[str, StreamConfig]:
         """The baselines and the algorithm by name; where two share a name, their settings tell them apart."""
         return methods_of((*self.baselines, self.algorithm))
+
+
+def _of_streams() -> list[str]:
+    return sorted(name for name, config in algorithms().items() if issubclass(config, StreamConfig))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from embsearch_plugin.data.stream import Stream
 from embsearch_plugin.files import read_json, write_json
 from embsearch_plugin.machine import machine, versions
 from embsearch_plugin.plain import to_plain
-from embsearch_plugin.run import check_folder, opened
+from embsearch_plugin.run_folder import check_folder, opened
 from embsearch_plugin.streaming.prequential import Run
 from embsearch_plugin.streaming.recipe import StreamRecipe
 from embsearch_plugin.streaming.report import write_stream_report

@@ -20,7 +20,7 @@ from embsearch_plugin.machine import begin_to_use
 from embsearch_plugin.plain import to_plain
 from embsearch_plugin.recipes import Recipe, load_recipe, to_yaml
 from embsearch_plugin.report.study import write_study_report
-from embsearch_plugin.run import differing
+from embsearch_plugin.run_folder import differing
 from embsearch_plugin.space import SearchSpace, TableGroup
 from embsearch_plugin.study.config import Study, hidden
 from embsearch_plugin.study.cost import estimate

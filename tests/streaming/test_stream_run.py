@@ -277,7 +277,7 @@ def content(folder: Path, **search: Any) -> Mapping[str, Any]:
 @pytest.mark.parametrize(
     ("search", "message"),
     [
-        ({"algorithm": "dnis"}, "'dnis' does not work on streams; fixed, esapn, autoemb and darts do"),
+        ({"algorithm": "dnis"}, "'dnis' does not work on streams; autoemb, darts, esapn, fixed do"),
         ({"baselines": ["uniform"]}, "'uniform' does not work on streams"),
         ({"baselines": []}, "baselines must hold at least one"),
         ({"cap": "1 parrot"}, "cannot read the budget"),

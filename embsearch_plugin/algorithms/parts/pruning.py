@@ -161,7 +161,11 @@ def _bisect(session: "Session", budget: Budget, relative: bool) -> float:
         middle = (low + high) / 2
         low, high = (low, middle) if _fine_cost(session, middle, budget.unit, relative) <= limit else (middle, high)
     if _fine_cost(session, high, budget.unit, relative) > limit:
-        raise BudgetError(f"no fine-grained plan fits {human_bytes(limit)}. Raise the budget.")
+        size = human_bytes(limit) if budget.unit == "bytes" else f"{limit:,} parameters"
+        raise BudgetError(
+            f"no fine-grained plan fits {size}: not even a single weight with its places.\n  Possible solutions: 1) raise the "
+            "budget  2) prune blocks and columns instead (fine_grained=False)."
+        )
     return high
 
 
