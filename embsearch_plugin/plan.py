@@ -14,13 +14,12 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from embsearch_plugin.budget import INDEX_BYTES, human_bytes
 from embsearch_plugin.collection import Table
+from embsearch_plugin.costs import PROJECTION_DTYPE, Unit, human_bytes
 from embsearch_plugin.errors import PlanError
 from embsearch_plugin.files import atomic, write_json
 
 FORMAT, VERSION = "embsearch-plan", 1
-PROJECTION_DTYPE = torch.float32
 
 
 @dataclass(frozen=True)
@@ -178,35 +177,10 @@ class TablePlan:
         """Bytes as stored: weights, the indices that find them, projection and bias."""
         weights = self.n_weights * self.table.dtype.itemsize
         if self.mask is not None:
-            return weights + fine_index_bytes(self.table, self.n_weights)
-        remap = remap_bytes(self.table) if self.order is not None else 0
-        placement = placement_bytes(self.table) if self.columns is not None and not self.projection else 0
+            return weights + Unit.BYTES.fine_index(self.table, self.n_weights)
+        remap = Unit.BYTES.remap(self.table) if self.order is not None else 0
+        placement = Unit.BYTES.placement(self.table) if self.columns is not None and not self.projection else 0
         return weights + remap + placement + self.n_output_params * PROJECTION_DTYPE.itemsize
-
-
-def remap_bytes(table: Table) -> int:
-    """Bytes of the map from a row to its place in the plan: int32 (V,)."""
-    return table.rows * INDEX_BYTES
-
-
-def placement_bytes(table: Table) -> int:
-    """Bytes of the map from a column to its place in the plan: int32 (D,)."""
-    return table.dim * INDEX_BYTES
-
-
-def projected_column_bytes(table: Table) -> int:
-    """Bytes of the projection's row of one stored column: float32 (D,)."""
-    return table.dim * PROJECTION_DTYPE.itemsize
-
-
-def fine_index_bytes(table: Table, kept: int) -> int:
-    """Bytes of a compressed sparse row index: int32 row starts (V + 1,), a column number for each kept weight."""
-    return (table.rows + 1) * INDEX_BYTES + kept * column_dtype(table.dim).itemsize
-
-
-def column_dtype(dim: int) -> torch.dtype:
-    """Return the smallest integer type that numbers ``dim`` columns."""
-    return torch.uint8 if dim <= 256 else torch.int16 if dim <= 2**15 else torch.int32
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from embsearch_plugin.budget import human_bytes
+from embsearch_plugin.costs import human_bytes
 from embsearch_plugin.streaming.prequential import Run
 from embsearch_plugin.tasks import CLICK, Task
 from embsearch_plugin.training import Epoch, Watcher

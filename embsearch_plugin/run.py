@@ -24,6 +24,7 @@ from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.cells import CHECKPOINTS, DENSE, DENSE_MODEL, Cells, Place, Row
 from embsearch_plugin.collection import Table
+from embsearch_plugin.costs import Unit
 from embsearch_plugin.data.dataset import Dataset, Split
 from embsearch_plugin.errors import BudgetError, DataError, NonFiniteLoss, RecipeError
 from embsearch_plugin.files import write_json
@@ -92,7 +93,7 @@ def _metrics(matrix: "Matrix", chosen: dict[Contest, Choice]) -> dict[str, Any]:
 
 def _bytes(text: str, original: int) -> int | None:
     budget = Budget.of(text)
-    return budget.limit(original) if budget.unit == "bytes" else None
+    return budget.limit(original) if budget.unit is Unit.BYTES else None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.algorithms.parts.allocation import Dims, FixedAllocation, WholeTableConfig
 from embsearch_plugin.algorithms.parts.uniform_dims import aligned, largest_dim, same_dim
-from embsearch_plugin.budget import Budget, human_bytes
+from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import Table
 from embsearch_plugin.errors import BudgetError, SettingsError, SpaceError, did_you_mean
 from embsearch_plugin.hookspecs import hookimpl
@@ -77,11 +77,11 @@ class GivenDims(FixedAllocation):
         if not self.config.dims:
             return same_dim(session, largest_dim(session.specs, budget, session.space.align))
         chosen = self.config.widths(session.specs, session.space)
-        weights = sum(spec.rows * dim for spec, dim in zip(session.specs, chosen, strict=True))
-        size = sum(spec.rows * dim * spec.dtype.itemsize for spec, dim in zip(session.specs, chosen, strict=True))
-        if (size if budget.unit == "bytes" else weights) > budget.limit(session.original_bytes):
+        sizes = [(spec, spec.rows * dim) for spec, dim in zip(session.specs, chosen, strict=True)]
+        needed = sum(budget.unit.weights(spec, count) for spec, count in sizes)
+        if needed > budget.limit(session.original_bytes):
             raise BudgetError(
-                f"the given dims do not fit {budget}: they need {human_bytes(size)}, {weights:,} parameters.\n  Possible "
+                f"the given dims do not fit {budget}: they need {budget.unit.text(needed)}.\n  Possible "
                 "solutions: 1) smaller dims  2) raise the budget to what they need."
             )
         return [(dim,) * len(table.blocks.sizes) for dim, table in zip(chosen, session.tables, strict=True)]

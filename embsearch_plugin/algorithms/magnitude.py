@@ -27,9 +27,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.algorithms.parts.pruning import kept_pairs, kept_weights, prune_pairs, prune_weights
 from embsearch_plugin.budget import Budget
+from embsearch_plugin.costs import Unit
 from embsearch_plugin.hookspecs import hookimpl
 from embsearch_plugin.limits import Limits, at_least
-from embsearch_plugin.plan import SizePlan, fine_index_bytes
+from embsearch_plugin.plan import SizePlan
 from embsearch_plugin.ranges import Ranges
 
 if TYPE_CHECKING:
@@ -127,16 +128,15 @@ class MagnitudeSearch:
 
 def _ceiling(session: "Session", part: float, fine_grained: bool) -> Budget:
     """Return the budget of a round: from what all weights cost (``part`` 0) to the session's budget (1), in equal ratios."""
-    if session.budget.unit == "parameters":
-        whole = sum(spec.n_params for spec in session.specs)
-    else:  # single weights are stored with their places
-        places = sum(fine_index_bytes(spec, spec.n_params) for spec in session.specs) if fine_grained else 0
-        whole = session.original_bytes + places
+    unit = session.budget.unit
+    whole = sum(unit.weights(spec, spec.n_params) for spec in session.specs)
+    if fine_grained:  # single weights are stored with their places
+        whole += sum(unit.fine_index(spec, spec.n_params) for spec in session.specs)
     share = min(session.budget.limit(session.original_bytes) / whole, 1)
     if part == 1 or share == 0:
         return session.budget
     amount = max(round(whole * share**part), 1)
-    return Budget(params=amount) if session.budget.unit == "parameters" else Budget(bytes=amount)
+    return Budget(params=amount) if unit is Unit.PARAMETERS else Budget(bytes=amount)
 
 
 @hookimpl

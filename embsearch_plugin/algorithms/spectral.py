@@ -42,13 +42,15 @@ from embsearch_plugin import distributed
 from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.algorithms.parts.uniform_dims import fitting_dims
 from embsearch_plugin.algorithms.uniform import Uniform
-from embsearch_plugin.budget import Budget, Option, TableOptions, allocate_among
+from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import Table
 from embsearch_plugin.compact.fold import UNFOLDED, Fold
+from embsearch_plugin.costs import Unit
 from embsearch_plugin.errors import AttachError, SettingsError
 from embsearch_plugin.hookspecs import hookimpl
+from embsearch_plugin.knapsack import Option, TableOptions, allocate_among
 from embsearch_plugin.limits import Limits, above, at_least, share
-from embsearch_plugin.plan import SizePlan, TablePlan, placement_bytes, projected_column_bytes, remap_bytes
+from embsearch_plugin.plan import SizePlan, TablePlan
 from embsearch_plugin.ranges import Range, Ranges
 from embsearch_plugin.search.validation import NO_EXAMPLES
 from embsearch_plugin.space import SearchSpace
@@ -127,7 +129,7 @@ class SpectralSearch:
     @hookimpl
     def embsearch_derive(self, session: "Session", budget: Budget | None) -> SizePlan:
         """Keep the pairs of row block and column that are worth most within the budget."""
-        unit, align = "bytes" if budget is None else budget.unit, session.space.align
+        unit, align = Unit.BYTES if budget is None else budget.unit, session.space.align
         pairs = [self._ways(basis, session.space, unit) for basis in self._bases(session)]
         if budget is None:
             return SizePlan(tuple(rotated.plan(rotated.within(self.config.tolerance)) for _, rotated in pairs), align)
@@ -135,7 +137,7 @@ class SpectralSearch:
         chosen = allocate_among(options, budget.limit(session.original_bytes), unit)
         return SizePlan(tuple(pair[way].plan(dims) for pair, (way, dims) in zip(pairs, chosen, strict=True)), align)
 
-    def _ways(self, basis: "_Basis", space: SearchSpace, unit: str) -> tuple["_Way", "_Way"]:
+    def _ways(self, basis: "_Basis", space: SearchSpace, unit: Unit) -> tuple["_Way", "_Way"]:
         dims = space.of(basis.table.spec).dims(basis.table.spec.dim)
         return _Way(basis, dims, unit, rotated=False), _Way(basis, dims, unit, rotated=True)
 
@@ -236,7 +238,7 @@ class _Way:
 
     basis: _Basis
     candidates: Sequence[int]
-    unit: str
+    unit: Unit
     rotated: bool
 
     @cached_property
@@ -255,28 +257,19 @@ class _Way:
         """What the table may cost, and what it is worth then."""
         spec, worth, sizes = self.basis.table.spec, self.worth[:, self.order], self.basis.table.blocks.sizes
         blocks = [self._options(row, size) for row, size in zip(worth, sizes, strict=True)]
-        placement = 0 if self.rotated else self._bytes(placement_bytes(spec))
-        column = self._column_cost
+        placement = 0 if self.rotated else self.unit.placement(spec)
+        column = self.unit.projected_column(spec) if self.rotated else 0
         whole = [
             Option(o.dim, o.cost + column * o.dim + (placement if o.dim not in (0, spec.dim) else 0), o.utility)
             for o in self._options(worth.sum(0), sum(sizes))
         ]
-        fixed = self._bytes(remap_bytes(spec)) + placement
+        fixed = self.unit.remap(spec) + placement
         return TableOptions(str(spec), tuple(whole), tuple(blocks) if len(blocks) > 1 else (), fixed, column)
 
-    @property
-    def _column_cost(self) -> int:
-        """What a column's row of the projection costs: bytes, or parameters, which the papers count too."""
-        spec = self.basis.table.spec
-        return 0 if not self.rotated else projected_column_bytes(spec) if self.unit == "bytes" else spec.dim
-
-    def _bytes(self, count: int) -> int:
-        return count if self.unit == "bytes" else 0
-
     def _options(self, worth: Tensor, rows: int) -> tuple[Option, ...]:
-        weight = self.basis.table.spec.dtype.itemsize if self.unit == "bytes" else 1
+        spec = self.basis.table.spec
         kept = torch.nn.functional.pad(worth.cumsum(0), (1, 0)).tolist()
-        return tuple(Option(dim, rows * dim * weight, kept[dim]) for dim in self.candidates)
+        return tuple(Option(dim, self.unit.weights(spec, rows * dim), kept[dim]) for dim in self.candidates)
 
     def within(self, tolerance: float) -> list[int]:
         """Return, per block, the smallest dim that loses at most this share of the block's worth."""

@@ -12,7 +12,7 @@ from rich.table import Table
 from embsearch_plugin.bench.memory import peak_bytes, stored_bytes
 from embsearch_plugin.bench.timing import Row, growth, lookups, model_steps
 from embsearch_plugin.bench.workload import DENSE, SPARSE, TBE, Workload
-from embsearch_plugin.budget import human_bytes
+from embsearch_plugin.costs import human_bytes
 from embsearch_plugin.machine import begin_to_use, machine, versions
 
 BAGS = (1, 10)

@@ -24,13 +24,14 @@ from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 from embsearch_plugin.compact.columns import Layout, take_columns
 from embsearch_plugin.compact.fine import FineTable, FixedIndex
 from embsearch_plugin.compact.places import Holder, Places
+from embsearch_plugin.costs import PROJECTION_DTYPE
 from embsearch_plugin.fused import FusedEmbeddingBags
 from embsearch_plugin.lookup.bags import check_readers, ids_of, ordered
 from embsearch_plugin.lookup.readers import Readers
 from embsearch_plugin.lookup.single import is_single, rows_of
 from embsearch_plugin.lookup.slots import Slot, slots_of
 from embsearch_plugin.lookup.tracing import leaf
-from embsearch_plugin.plan import PROJECTION_DTYPE, Chunk, TablePlan
+from embsearch_plugin.plan import Chunk, TablePlan
 from embsearch_plugin.randomness import private_random
 
 

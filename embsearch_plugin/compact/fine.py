@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from embsearch_plugin.plan import TablePlan, column_dtype
+from embsearch_plugin.costs import column_dtype
+from embsearch_plugin.plan import TablePlan
 
 
 class FixedIndex(nn.Module):

@@ -6,7 +6,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from embsearch_plugin.budget import human_bytes
+from embsearch_plugin.costs import human_bytes
 from embsearch_plugin.report.inputs import Metrics
 from embsearch_plugin.report.results import Result, common_metric, dense, results
 from embsearch_plugin.report.svg import INK, LINES, WIDTH, inline_svg, label, page_style

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from embsearch_plugin.budget import human_bytes
+from embsearch_plugin.costs import human_bytes
 from embsearch_plugin.report.inputs import Table
 from embsearch_plugin.report.numbers import dim_text, percent
 from embsearch_plugin.report.svg import DROPPED, INK, KEPT, MUTED, TRACK, WIDTH, inline_svg, label, page_style

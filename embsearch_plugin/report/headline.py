@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from embsearch_plugin.budget import human_bytes
+from embsearch_plugin.costs import human_bytes
 from embsearch_plugin.report.inputs import Budget, Metrics, checked
 from embsearch_plugin.report.numbers import DIGITS, Estimate, measure
 from embsearch_plugin.report.results import Result, common_metric, dense, results, same_seeds

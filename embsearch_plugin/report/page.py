@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
-from embsearch_plugin.budget import human_bytes
+from embsearch_plugin.costs import human_bytes
 from embsearch_plugin.errors import RunFolderError
 from embsearch_plugin.files import write_text
 from embsearch_plugin.report.comparison import comparison_figure

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from embsearch_plugin.budget import human_bytes
+from embsearch_plugin.costs import human_bytes
 from embsearch_plugin.report.inputs import Cell, Metrics, Number
 from embsearch_plugin.report.numbers import UNDEFINED, Estimate, measure, percent, ratio
 from embsearch_plugin.report.results import Result, dense, results, same_seeds, trial_text

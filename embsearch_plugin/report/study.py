@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from embsearch_plugin.budget import human_bytes
+from embsearch_plugin.costs import human_bytes
 from embsearch_plugin.errors import RunFolderError
 from embsearch_plugin.files import write_text
 from embsearch_plugin.report.markdown import markdown_table, plain

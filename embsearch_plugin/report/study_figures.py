@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from embsearch_plugin.budget import human_bytes
+from embsearch_plugin.costs import human_bytes
 from embsearch_plugin.report.comparison import MARKERS
 from embsearch_plugin.report.svg import INK, LINES, MUTED, WIDTH, inline_svg, label, page_style
 

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from rich import box
 from rich.table import Table
 
-from embsearch_plugin.budget import human_bytes
+from embsearch_plugin.costs import human_bytes
 from embsearch_plugin.files import read_json, write_text
 from embsearch_plugin.report.curves import Panels, draw_panels
 from embsearch_plugin.report.markdown import markdown_table, plain

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import Table
+from embsearch_plugin.costs import Unit
 from embsearch_plugin.errors import BudgetError
 from embsearch_plugin.streaming.forms import Entries, RowForm
 from embsearch_plugin.streaming.growing import SLACK, GrowingTensor
@@ -46,7 +47,7 @@ def cap_in_bytes(cap: Budget, original_bytes: int) -> int:
     Raises:
         BudgetError: where it is on parameters.
     """
-    if cap.unit != "bytes":
+    if cap.unit is not Unit.BYTES:
         raise BudgetError(f"a cap on a stream's tables is in bytes, as in '200MB', or a share, as in '10%'; got {cap}.")
     return cap.limit(original_bytes)
 

@@ -18,9 +18,9 @@ import click
 from rich.console import Console
 
 from embsearch_plugin import stack
-from embsearch_plugin.budget import human_bytes
 from embsearch_plugin.cells import DENSE_MODEL
 from embsearch_plugin.cli import Explained
+from embsearch_plugin.costs import human_bytes
 from embsearch_plugin.errors import StudyError
 from embsearch_plugin.files import write_json
 from embsearch_plugin.progress import ProgressWatcher

@@ -9,8 +9,8 @@ import optuna
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState
 
-from embsearch_plugin.budget import human_bytes
 from embsearch_plugin.cells import DENSE, Row
+from embsearch_plugin.costs import human_bytes
 from embsearch_plugin.machine import machine, versions
 from embsearch_plugin.recipes import Recipe, recorded
 from embsearch_plugin.run import allocations_of

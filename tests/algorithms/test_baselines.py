@@ -15,8 +15,8 @@ import embsearch_plugin as es
 from embsearch_plugin.algorithms.parts.uniform_dims import largest_dim
 from embsearch_plugin.bench.workload import FUSED
 from embsearch_plugin.collection import Table
+from embsearch_plugin.costs import Unit
 from embsearch_plugin.errors import BudgetError, SpaceError, UnsupportedCollection
-from embsearch_plugin.plan import fine_index_bytes
 
 
 @given(
@@ -169,13 +169,13 @@ def test_iterative_pruning_closes_gates_round_by_round_and_never_opens_one(world
 def test_iterative_pruning_of_single_weights_lowers_their_number_and_never_takes_one_back(world: str) -> None:
     algorithm = es.Magnitude(warm_up=2, every=3, rounds=3, fine_grained=True)
     model, session, optimizer = searched(WORLDS[world], steps=2, algorithm=algorithm, budget="30%")
-    whole = session.original_bytes + sum(fine_index_bytes(spec, spec.n_params) for spec in session.specs)
+    whole = session.original_bytes + sum(Unit.BYTES.fine_index(spec, spec.n_params) for spec in session.specs)
     before = None
     for number in range(session.search_steps, 3):
         session.step(WORLDS[world].batch(seed=number))
         kept = session.state_dict()["kept"]
         counts = [int(mask.sum()) for mask in kept]
-        cost = sum(4 * n + fine_index_bytes(spec, n) for spec, n in zip(session.specs, counts, strict=True))
+        cost = sum(4 * n + Unit.BYTES.fine_index(spec, n) for spec, n in zip(session.specs, counts, strict=True))
         share = 0.3 * session.original_bytes / whole
         assert 0.9 < cost / (share ** ((number + 1) / 3) * whole) <= 1
         assert before is None or all(bool((now <= then).all()) for now, then in zip(kept, before, strict=True))

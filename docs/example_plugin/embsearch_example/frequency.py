@@ -12,8 +12,9 @@ from torch import Tensor
 
 import embsearch_plugin as es
 from embsearch_plugin.algorithms.base import SearchConfig
-from embsearch_plugin.budget import Option, TableOptions, allocate
-from embsearch_plugin.plan import TablePlan, remap_bytes
+from embsearch_plugin.costs import Unit
+from embsearch_plugin.knapsack import Option, TableOptions, allocate
+from embsearch_plugin.plan import TablePlan
 from embsearch_plugin.ranges import Range, Ranges
 from embsearch_plugin.search.tables import SearchTable
 
@@ -65,17 +66,16 @@ class FrequencySearch:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from nothing."""
 
-    def _options(self, table: SearchTable, counts: Tensor, space: es.SearchSpace, unit: str) -> TableOptions:
+    def _options(self, table: SearchTable, counts: Tensor, space: es.SearchSpace, unit: Unit) -> TableOptions:
         """Offer every dim for the whole table, and for each row block by itself; then rows need a remap."""
         shares = _shares(table, counts)
-        dims, weight = space.of(table.spec).dims(table.spec.dim), table.spec.dtype.itemsize if unit == "bytes" else 1
+        spec, dims = table.spec, space.of(table.spec).dims(table.spec.dim)
 
         def of(rows: int, share: float) -> tuple[Option, ...]:
-            return tuple(Option(dim, rows * dim * weight, share * dim**self.config.power) for dim in dims)
+            return tuple(Option(dim, unit.weights(spec, rows * dim), share * dim**self.config.power) for dim in dims)
 
         blocks = tuple(of(rows, share) for rows, share in zip(table.blocks.sizes, shares, strict=True))
-        remap = remap_bytes(table.spec) if unit == "bytes" else 0
-        return TableOptions(str(table.spec), of(table.spec.rows, 1.0), blocks if len(blocks) > 1 else (), remap)
+        return TableOptions(str(spec), of(spec.rows, 1.0), blocks if len(blocks) > 1 else (), unit.remap(spec))
 
 
 def _shares(table: SearchTable, counts: Tensor) -> list[float]:

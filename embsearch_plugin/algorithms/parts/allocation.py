@@ -11,8 +11,9 @@ from torch import Tensor
 from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import Table
+from embsearch_plugin.costs import Unit
 from embsearch_plugin.hookspecs import hookimpl
-from embsearch_plugin.plan import SizePlan, TablePlan, projected_column_bytes, remap_bytes
+from embsearch_plugin.plan import SizePlan, TablePlan
 
 if TYPE_CHECKING:
     from embsearch_plugin.search.session import Session
@@ -78,7 +79,7 @@ class FixedAllocation:
     def embsearch_derive(self, session: "Session", budget: Budget | None) -> SizePlan:
         """Keep the columns that were trained; where the budget is too small for them, allocate within it."""
         plan = padded_plan(session, [tuple(gate.sum(1).int().tolist()) for gate in session.gates], self.projected)
-        if budget is None or _size(plan, budget.unit) <= budget.limit(session.original_bytes):
+        if budget is None or budget.unit.of(plan) <= budget.limit(session.original_bytes):
             return plan
         return padded_plan(session, self.dims(session, budget), self.projected)
 
@@ -164,20 +165,16 @@ class _Growing:
         return tuple(dims.clamp(min=least).clamp(max=int(self.dims[-1])).tolist())
 
 
-def _cost(table: "SearchTable", dims: Sequence[int], unit: str, projected: bool, extras: bool) -> int:
+def _cost(table: "SearchTable", dims: Sequence[int], unit: Unit, projected: bool, extras: bool) -> int:
     """Return what a table costs at most; with ``extras``: a remap where dims differ, whatever its rows' order, a projection."""
-    spec, in_bytes = table.spec, unit == "bytes"
+    spec = table.spec
     kept = [(rows, dim) for rows, dim in zip(table.blocks.sizes, dims, strict=True) if rows]
-    total = sum(rows * dim for rows, dim in kept) * (spec.dtype.itemsize if in_bytes else 1)
-    if extras and in_bytes and len({dim for _, dim in kept}) > 1:
-        total += remap_bytes(spec)
+    total = unit.weights(spec, sum(rows * dim for rows, dim in kept))
+    if extras and len({dim for _, dim in kept}) > 1:
+        total += unit.remap(spec)
     if extras and projected and _worth_projecting(spec, dims):
-        total += max(dims) * (projected_column_bytes(spec) if in_bytes else spec.dim)
+        total += max(dims) * unit.projected_column(spec)
     return total
-
-
-def _size(plan: SizePlan, unit: str) -> int:
-    return plan.size_bytes if unit == "bytes" else plan.n_params
 
 
 def _prefixes(gate: Tensor, dims: Sequence[int]) -> Tensor:

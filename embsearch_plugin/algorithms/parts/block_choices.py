@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from embsearch_plugin.algorithms.parts.embedding_blocks import EmbeddingBlocks, Mode
-from embsearch_plugin.budget import allocate_among
+from embsearch_plugin.costs import Unit
+from embsearch_plugin.knapsack import allocate_among
 
 if TYPE_CHECKING:
     from embsearch_plugin.search.session import Session
@@ -44,10 +45,10 @@ class _Alike:
         mine = probabilities[self._choices, : self.menu.shape[1]]
         return torch.einsum("nca,casd->nsd", mine, self.tables[0].gates(self.menu))  # choices share no block
 
-    def cost(self, heights: Tensor, unit: str) -> Tensor:
+    def cost(self, heights: Tensor, unit: Unit) -> Tensor:
         """Return what heights (n, ..., T) cost, int64 (n, ...)."""
         rows = self._rows.gather(1, heights.flatten(1)).view(heights.shape)
-        sizes = torch.tensor([table.weight_size(unit) for table in self.tables], device=rows.device)
+        sizes = torch.tensor([unit.weights(table.spec, 1) for table in self.tables], device=rows.device)
         return (rows * self._widths).sum(-1) * sizes.view(-1, *[1] * (heights.dim() - 2))
 
 
@@ -92,7 +93,7 @@ class BlockChoices:
         """Return the mean gates of choices drawn with probabilities (choices, widest), per table (S, D)."""
         return self._by_table([alike.mean_gates(probabilities) for alike in self._alike])
 
-    def cost(self, heights: Sequence[Tensor], unit: str) -> Tensor:
+    def cost(self, heights: Sequence[Tensor], unit: Unit) -> Tensor:
         """Return the memory cost of all tables (3.3.2's sum of C_F) in weights or their bytes: int64 (...)."""
         return torch.cat([alike.cost(self._of(alike, heights), unit) for alike in self._alike]).sum(0)
 
@@ -113,7 +114,7 @@ class BlockChoices:
                 for heights in arms:
                     yield index, torch.where(decided, table.gates(heights), reference[index])
 
-    def best(self, worths: Sequence[float], limit: int, unit: str) -> Tensor:
+    def best(self, worths: Sequence[float], limit: int, unit: Unit) -> Tensor:
         """Return the arms, int64 (choices,), whose worths sum to most within ``limit``, remaps and projections paid.
 
         Args:

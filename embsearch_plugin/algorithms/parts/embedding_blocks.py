@@ -14,9 +14,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from embsearch_plugin.budget import Option, TableOptions
 from embsearch_plugin.collection import Table
-from embsearch_plugin.plan import TablePlan, projected_column_bytes, remap_bytes
+from embsearch_plugin.costs import Unit
+from embsearch_plugin.knapsack import Option, TableOptions
+from embsearch_plugin.plan import TablePlan
 from embsearch_plugin.space import RowBlocks
 
 Mode = Literal["se", "me"]
@@ -67,11 +68,7 @@ class EmbeddingBlocks:
         rows = torch.tensor([0, *accumulate(self.rows)], device=heights.device)
         return (rows[heights] * torch.tensor(self.widths, device=heights.device)).sum(-1)
 
-    def weight_size(self, unit: str) -> int:
-        """Return what one weight counts for, as the budget's unit is: its bytes, or one parameter."""
-        return self.spec.dtype.itemsize if unit == "bytes" else 1
-
-    def ways(self, arms: Tensor, worth: Tensor, unit: str) -> list[TableOptions]:
+    def ways(self, arms: Tensor, worth: Tensor, unit: Unit) -> list[TableOptions]:
         """Offer every arm of every choice, in the ways in which a table can be stored.
 
         One that keeps nothing is free, and one that keeps everything is stored projected. Others pay their rows of the
@@ -88,19 +85,17 @@ class EmbeddingBlocks:
         ]
         whole = ((arms == 0) | (arms == len(self.rows))).all(-1).tolist()
         unmapped = tuple(tuple(o for o in each if keep[o.dim]) for each, keep in zip(options, whole, strict=True))
-        last, size = arms.shape[1] - 1, self.spec.n_params * self.weight_size(unit)
+        last, size = arms.shape[1] - 1, unit.weights(self.spec, self.spec.n_params)
         ends = Option(0, 0, float(worth[:, 0].sum())), Option(last, size, float(worth[:, last].sum()))
         ways = [TableOptions(str(self.spec), ends, unmapped)]
         if len(self.rows) > 1:
-            remap = remap_bytes(self.spec) if unit == "bytes" else 0
-            ways.append(TableOptions(str(self.spec), (), tuple(map(tuple, options)), remap))
+            ways.append(TableOptions(str(self.spec), (), tuple(map(tuple, options)), unit.remap(self.spec)))
         return ways
 
-    def _costs(self, heights: Tensor, unit: str) -> Tensor:
+    def _costs(self, heights: Tensor, unit: Unit) -> Tensor:
         """Return what weights and their rows of the projection cost, (..., T) to int64 (...)."""
         columns = ((heights > 0) * torch.tensor(self.widths)).sum(-1)
-        projected = projected_column_bytes(self.spec) if unit == "bytes" else self.spec.dim
-        return self.n_weights(heights) * self.weight_size(unit) + columns * projected
+        return self.n_weights(heights) * unit.weights(self.spec, 1) + columns * unit.projected_column(self.spec)
 
     def plan(self, heights: Tensor, blocks: RowBlocks) -> TablePlan:
         """Return the plan that keeps what takes part, (T,): chunks of many rows first, then the projection.

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from embsearch_plugin.budget import Budget, Option, TableOptions, allocate, human_bytes
+from embsearch_plugin.budget import Budget
+from embsearch_plugin.costs import Unit
 from embsearch_plugin.errors import AllocationError, BudgetError
-from embsearch_plugin.plan import SizePlan, TablePlan, fine_index_bytes, placement_bytes, remap_bytes
+from embsearch_plugin.knapsack import Option, TableOptions, allocate
+from embsearch_plugin.plan import SizePlan, TablePlan
 from embsearch_plugin.space import SearchSpace
 
 if TYPE_CHECKING:
@@ -83,21 +85,21 @@ class _Pairs:
         self.order = torch.argsort(energy.sum(0), descending=True, stable=True)
         self.energy = energy[:, self.order]  # (S, D)
 
-    def options(self, unit: str) -> TableOptions:
+    def options(self, unit: Unit) -> TableOptions:
         spec, whole = self.table.spec, sum(self.table.blocks.sizes)
         blocks = [self._options(energy, size, unit) for energy, size in zip(self.energy, self.table.blocks.sizes, strict=True)]
-        placement = placement_bytes(spec) if unit == "bytes" else 0
+        placement = unit.placement(spec)
         uniform = [
             Option(o.dim, o.cost + (placement if o.dim not in (0, spec.dim) else 0), o.utility)
             for o in self._options(self.energy.sum(0), whole, unit)
         ]
-        fixed = remap_bytes(spec) + placement if unit == "bytes" else 0
+        fixed = unit.remap(spec) + placement
         return TableOptions(str(spec), tuple(uniform), tuple(blocks) if len(blocks) > 1 else (), fixed)
 
-    def _options(self, energy: Tensor, rows: int, unit: str) -> tuple[Option, ...]:
-        weight = self.table.spec.dtype.itemsize if unit == "bytes" else 1
+    def _options(self, energy: Tensor, rows: int, unit: Unit) -> tuple[Option, ...]:
+        spec = self.table.spec
         kept = torch.nn.functional.pad(energy.cumsum(0), (1, 0)).tolist()
-        return tuple(Option(dim, rows * dim * weight, kept[dim]) for dim in self.dims)
+        return tuple(Option(dim, unit.weights(spec, rows * dim), kept[dim]) for dim in self.dims)
 
     def above(self, threshold: float) -> tuple[int, ...]:
         """Per block, the smallest dim that keeps every column whose root mean square reaches the threshold."""
@@ -161,10 +163,9 @@ def _bisect(session: "Session", budget: Budget, relative: bool) -> float:
         middle = (low + high) / 2
         low, high = (low, middle) if _fine_cost(session, middle, budget.unit, relative) <= limit else (middle, high)
     if _fine_cost(session, high, budget.unit, relative) > limit:
-        size = human_bytes(limit) if budget.unit == "bytes" else f"{limit:,} parameters"
         raise BudgetError(
-            f"no fine-grained plan fits {size}: not even a single weight with its places.\n  Possible solutions: 1) raise the "
-            "budget  2) prune blocks and columns instead (fine_grained=False)."
+            f"no fine-grained plan fits {budget.unit.text(limit)}: not even a single weight with its places.\n  Possible "
+            "solutions: 1) raise the budget  2) prune blocks and columns instead (fine_grained=False)."
         )
     return high
 
@@ -180,12 +181,10 @@ def _reaches(magnitudes: Tensor, threshold: float) -> Tensor:
     return (magnitudes >= threshold) & (magnitudes > 0)
 
 
-def _fine_cost(session: "Session", threshold: float, unit: str, relative: bool) -> int:
+def _fine_cost(session: "Session", threshold: float, unit: Unit, relative: bool) -> int:
     total = 0
     for table, magnitudes in zip(session.tables, _magnitudes(session, relative), strict=True):
         kept = int(_reaches(magnitudes, threshold).sum())
-        if unit == "bytes" and kept:
-            total += kept * table.spec.dtype.itemsize + fine_index_bytes(table.spec, kept)
-        elif unit == "parameters":
-            total += kept
+        if kept:
+            total += unit.weights(table.spec, kept) + unit.fine_index(table.spec, kept)
     return total

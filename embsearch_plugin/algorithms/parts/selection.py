@@ -13,11 +13,12 @@ from torch import Tensor
 from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.algorithms.parts.candidates import FORMS, CandidateForm, Lookup, OwnDim, candidates_of
 from embsearch_plugin.algorithms.parts.scoring import losses
-from embsearch_plugin.budget import Budget, Option, TableOptions, allocate
+from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import Table
 from embsearch_plugin.compact.fold import UNFOLDED, Fold
 from embsearch_plugin.errors import PlanError, SettingsError, SpaceError
 from embsearch_plugin.hookspecs import hookimpl
+from embsearch_plugin.knapsack import Option, TableOptions, allocate
 from embsearch_plugin.limits import Limits, above, at_least
 from embsearch_plugin.plan import Block, SizePlan, TablePlan
 from embsearch_plugin.ranges import Range, Ranges
@@ -176,7 +177,7 @@ class CandidateSearch:
         least = 0
         for spec, form in zip(session.specs, _forms(session), strict=True):
             plans = [self._plan(spec, form, dim) for dim in _by_stored(form)]
-            least += min(plan.size_bytes if session.budget.unit == "bytes" else plan.n_params for plan in plans)
+            least += min(map(session.budget.unit.of, plans))
         if least > session.budget.limit(session.original_bytes):
             log.warning(
                 "the smallest candidates take %s %s, more than the budget of %s: derive will need a larger one, or smaller "
@@ -218,7 +219,7 @@ class CandidateSearch:
         options: list[list[Option]] = [[] for _ in forms]
         for (table, dim), loss in zip(places, found, strict=True):
             plan = self._plan(session.specs[table], forms[table], dim)
-            options[table].append(Option(dim, plan.size_bytes if budget.unit == "bytes" else plan.n_params, -loss))
+            options[table].append(Option(dim, budget.unit.of(plan), -loss))
         tables = [TableOptions(str(spec), tuple(ways)) for spec, ways in zip(session.specs, options, strict=True)]
         return [dim for (dim,) in allocate(tables, budget.limit(session.original_bytes), budget.unit)]
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from embsearch_plugin.algorithms.parts.allocation import Dims
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import Table
+from embsearch_plugin.costs import Unit
 from embsearch_plugin.errors import BudgetError, SpaceError
 
 if TYPE_CHECKING:
@@ -67,5 +68,5 @@ def does_not_fit(specs: Sequence[Table], budget: Budget, dim: int, otherwise: st
     )
 
 
-def _cost(specs: Sequence[Table], dim: int, unit: str) -> int:
-    return sum(spec.rows * min(dim, spec.dim) * (spec.dtype.itemsize if unit == "bytes" else 1) for spec in specs)
+def _cost(specs: Sequence[Table], dim: int, unit: Unit) -> int:
+    return sum(unit.weights(spec, spec.rows * min(dim, spec.dim)) for spec in specs)
