@@ -40,6 +40,7 @@ from torch import Tensor
 
 from embsearch_plugin import distributed
 from embsearch_plugin.algorithms.base import SearchConfig
+from embsearch_plugin.algorithms.parts.prefixes import Prefixes
 from embsearch_plugin.algorithms.parts.uniform_dims import fitting_dims
 from embsearch_plugin.algorithms.uniform import Uniform
 from embsearch_plugin.budget import Budget
@@ -48,9 +49,9 @@ from embsearch_plugin.compact.fold import UNFOLDED, Fold
 from embsearch_plugin.costs import Unit
 from embsearch_plugin.errors import AttachError, SettingsError
 from embsearch_plugin.hookspecs import hookimpl
-from embsearch_plugin.knapsack import Option, TableOptions, allocate_among
+from embsearch_plugin.knapsack import allocate_among
 from embsearch_plugin.limits import Limits, above, at_least, share
-from embsearch_plugin.plan import SizePlan, TablePlan
+from embsearch_plugin.plan import SizePlan
 from embsearch_plugin.ranges import Range, Ranges
 from embsearch_plugin.search.validation import NO_EXAMPLES
 from embsearch_plugin.space import SearchSpace
@@ -130,16 +131,12 @@ class SpectralSearch:
     def embsearch_derive(self, session: "Session", budget: Budget | None) -> SizePlan:
         """Keep the pairs of row block and column that are worth most within the budget."""
         unit, align = Unit.BYTES if budget is None else budget.unit, session.space.align
-        pairs = [self._ways(basis, session.space, unit) for basis in self._bases(session)]
+        pairs = [_ways(basis, session.space) for basis in self._bases(session)]
         if budget is None:
-            return SizePlan(tuple(rotated.plan(rotated.within(self.config.tolerance)) for _, rotated in pairs), align)
-        options = [[way.options for way in pair] for pair in pairs]
+            return SizePlan(tuple(rotated.plan(_within(rotated, self.config.tolerance)) for _, rotated in pairs), align)
+        options = [[way.options(unit) for way in pair] for pair in pairs]
         chosen = allocate_among(options, budget.limit(session.original_bytes), unit)
         return SizePlan(tuple(pair[way].plan(dims) for pair, (way, dims) in zip(pairs, chosen, strict=True)), align)
-
-    def _ways(self, basis: "_Basis", space: SearchSpace, unit: Unit) -> tuple["_Way", "_Way"]:
-        dims = space.of(basis.table.spec).dims(basis.table.spec.dim)
-        return _Way(basis, dims, unit, rotated=False), _Way(basis, dims, unit, rotated=True)
 
     @hookimpl
     def embsearch_fold(self, session: "Session", plan: SizePlan) -> Sequence[Fold]:
@@ -232,59 +229,17 @@ class _Basis:
         return squares.new_zeros(len(self.table.blocks.sizes), rows.shape[1]).index_add_(0, lookup, squares)
 
 
-@dataclass(frozen=True, eq=False)
-class _Way:
-    """One way to store one table: by its own columns or by rotated ones, whole or block by block."""
+def _ways(basis: _Basis, space: SearchSpace) -> tuple[Prefixes, Prefixes]:
+    """Return the two ways to store a table: by its own columns, and by rotated ones."""
+    dims = space.of(basis.table.spec).dims(basis.table.spec.dim)
+    return Prefixes(basis.table, basis.own_worth, dims), Prefixes(basis.table, basis.rotated_worth, dims, projection=True)
 
-    basis: _Basis
-    candidates: Sequence[int]
-    unit: Unit
-    rotated: bool
 
-    @cached_property
-    def order(self) -> list[int]:
-        """The columns by falling worth; those of the new basis stand so."""
-        worth = self.worth.sum(0)
-        return list(range(len(worth))) if self.rotated else torch.argsort(worth, descending=True, stable=True).tolist()
-
-    @property
-    def worth(self) -> Tensor:
-        """What each (block, column) pair is worth, (S, D)."""
-        return self.basis.rotated_worth if self.rotated else self.basis.own_worth
-
-    @property
-    def options(self) -> TableOptions:
-        """What the table may cost, and what it is worth then."""
-        spec, worth, sizes = self.basis.table.spec, self.worth[:, self.order], self.basis.table.blocks.sizes
-        blocks = [self._options(row, size) for row, size in zip(worth, sizes, strict=True)]
-        placement = 0 if self.rotated else self.unit.placement(spec)
-        column = self.unit.projected_column(spec) if self.rotated else 0
-        whole = [
-            Option(o.dim, o.cost + column * o.dim + (placement if o.dim not in (0, spec.dim) else 0), o.utility)
-            for o in self._options(worth.sum(0), sum(sizes))
-        ]
-        fixed = self.unit.remap(spec) + placement
-        return TableOptions(str(spec), tuple(whole), tuple(blocks) if len(blocks) > 1 else (), fixed, column)
-
-    def _options(self, worth: Tensor, rows: int) -> tuple[Option, ...]:
-        spec = self.basis.table.spec
-        kept = torch.nn.functional.pad(worth.cumsum(0), (1, 0)).tolist()
-        return tuple(Option(dim, self.unit.weights(spec, rows * dim), kept[dim]) for dim in self.candidates)
-
-    def within(self, tolerance: float) -> list[int]:
-        """Return, per block, the smallest dim that loses at most this share of the block's worth."""
-        worth, total = self.worth[:, self.order], self.worth.sum(1, keepdim=True)
-        kept = torch.nn.functional.pad(worth.cumsum(1), (1, 0))[:, :-1]  # by each number of columns below D
-        need = (total - kept > tolerance * total).sum(1).tolist()
-        return [next(dim for dim in self.candidates if dim >= least) for least in need]
-
-    def plan(self, dims: Sequence[int]) -> TablePlan:
-        """Build the table's plan from one dim for all blocks, or one for each."""
-        blocks = self.basis.table.blocks
-        rows = [blocks.rows_of(block) for block in range(len(blocks.sizes))]
-        per_block = list(dims) if len(dims) > 1 else list(dims) * len(rows)
-        columns = None if self.rotated else self.order
-        return TablePlan.nested(self.basis.table.spec, per_block, rows, columns, projection=self.rotated)
+def _within(rotated: Prefixes, tolerance: float) -> tuple[int, ...]:
+    """Return, per block, the smallest dim that loses at most this share of the block's worth."""
+    worth, total = rotated.worth, rotated.worth.sum(1, keepdim=True)
+    kept = torch.nn.functional.pad(worth.cumsum(1), (1, 0))[:, :-1]  # by each number of columns below D
+    return rotated.at_least((total - kept > tolerance * total).sum(1).tolist())
 
 
 @hookimpl

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from embsearch_plugin.algorithms.parts.prefixes import Prefixes
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.costs import Unit
 from embsearch_plugin.errors import AllocationError, BudgetError
-from embsearch_plugin.knapsack import Option, TableOptions, allocate
+from embsearch_plugin.knapsack import allocate
 from embsearch_plugin.plan import SizePlan, TablePlan
 from embsearch_plugin.space import SearchSpace
 
@@ -30,7 +31,7 @@ def prune_pairs(session: "Session", budget: Budget | None, threshold: float, *, 
     if budget is not None:
         return best_pairs(session.tables, energies, budget, session.space)
     tables = _pairs_of(session.tables, energies, session.space)
-    return SizePlan(tuple(pairs.plan(pairs.above(threshold)) for pairs in tables), session.space.align)
+    return SizePlan(tuple(pairs.plan(_above(pairs, threshold)) for pairs in tables), session.space.align)
 
 
 def best_pairs(tables: Sequence["SearchTable"], energies: Sequence[Tensor], budget: Budget, space: SearchSpace) -> SizePlan:
@@ -66,63 +67,24 @@ def _energies(session: "Session", relative: bool) -> list[Tensor]:
     return [energy / mean.clamp(min=_TINY) for energy, mean in zip(energies, means, strict=True)]
 
 
-def _pairs_of(tables: Sequence["SearchTable"], energies: Sequence[Tensor], space: SearchSpace) -> list["_Pairs"]:
-    return [_Pairs(table, energy, space) for table, energy in zip(tables, energies, strict=True)]
+def _pairs_of(tables: Sequence["SearchTable"], energies: Sequence[Tensor], space: SearchSpace) -> list[Prefixes]:
+    return [
+        Prefixes(table, energy, space.of(table.spec).dims(table.spec.dim))
+        for table, energy in zip(tables, energies, strict=True)
+    ]
 
 
-def _largest(candidates: Sequence["_Pairs"], budget: Budget) -> list[tuple[int, ...]]:
+def _largest(candidates: Sequence[Prefixes], budget: Budget) -> list[tuple[int, ...]]:
     """Allocate dims, per table one for all blocks or one for each, that keep the most energy within the budget."""
     limit = budget.limit(sum(pairs.table.spec.size_bytes for pairs in candidates))
     return allocate([pairs.options(budget.unit) for pairs in candidates], limit, budget.unit)
 
 
-class _Pairs:
-    """The (block, column) pairs of one table: their energies, and the order in which its columns are kept."""
-
-    def __init__(self, table: "SearchTable", energy: Tensor, space: SearchSpace) -> None:
-        self.table = table
-        self.dims = space.of(table.spec).dims(table.spec.dim)
-        self.order = torch.argsort(energy.sum(0), descending=True, stable=True)
-        self.energy = energy[:, self.order]  # (S, D)
-
-    def options(self, unit: Unit) -> TableOptions:
-        spec, whole = self.table.spec, sum(self.table.blocks.sizes)
-        blocks = [self._options(energy, size, unit) for energy, size in zip(self.energy, self.table.blocks.sizes, strict=True)]
-        placement = unit.placement(spec)
-        uniform = [
-            Option(o.dim, o.cost + (placement if o.dim not in (0, spec.dim) else 0), o.utility)
-            for o in self._options(self.energy.sum(0), whole, unit)
-        ]
-        fixed = unit.remap(spec) + placement
-        return TableOptions(str(spec), tuple(uniform), tuple(blocks) if len(blocks) > 1 else (), fixed)
-
-    def _options(self, energy: Tensor, rows: int, unit: Unit) -> tuple[Option, ...]:
-        spec = self.table.spec
-        kept = torch.nn.functional.pad(energy.cumsum(0), (1, 0)).tolist()
-        return tuple(Option(dim, unit.weights(spec, rows * dim), kept[dim]) for dim in self.dims)
-
-    def above(self, threshold: float) -> tuple[int, ...]:
-        """Per block, the smallest dim that keeps every column whose root mean square reaches the threshold."""
-        sizes = torch.tensor(self.table.blocks.sizes, dtype=torch.float64).clamp(min=1)
-        kept = (self.energy / sizes[:, None]).sqrt() >= threshold
-        last = (kept * torch.arange(1, kept.shape[1] + 1)).amax(1).tolist()
-        return tuple(next(dim for dim in self.dims if dim >= need) for need in last)
-
-    def plan(self, dims: Sequence[int]) -> TablePlan:
-        """Build the table's plan from one dim for all blocks, or one for each."""
-        blocks = self.table.blocks
-        rows = [blocks.rows_of(block) for block in range(len(blocks.sizes))]
-        return TablePlan.nested(self.table.spec, self._per_block(dims), rows, self.order.tolist())
-
-    def mask(self, dims: Sequence[int]) -> Tensor:
-        """Return one where a (block, column) pair is kept, zero elsewhere: (S, D)."""
-        mask = torch.zeros(self.energy.shape)
-        for block, dim in enumerate(self._per_block(dims)):
-            mask[block, self.order[:dim]] = 1
-        return mask
-
-    def _per_block(self, dims: Sequence[int]) -> list[int]:
-        return list(dims) if len(dims) > 1 else list(dims) * len(self.table.blocks.sizes)
+def _above(pairs: Prefixes, threshold: float) -> tuple[int, ...]:
+    """Return, per block, the smallest dim that keeps every column whose root mean square reaches the threshold."""
+    sizes = torch.tensor(pairs.table.blocks.sizes, dtype=torch.float64).clamp(min=1)
+    kept = (pairs.worth / sizes[:, None]).sqrt() >= threshold
+    return pairs.at_least((kept * torch.arange(1, kept.shape[1] + 1)).amax(1).tolist())
 
 
 def prune_weights(session: "Session", budget: Budget | None, threshold: float, *, relative: bool = False) -> SizePlan:
