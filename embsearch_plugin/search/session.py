@@ -408,7 +408,8 @@ class Session:
         """Rewrite the model in place with compact tables, and the optimizers' state with them; return the model.
 
         The model then computes what it computed with the gates under the plan, and nothing of the search is left in it. The
-        session is over. A DDP wrapper around the model must be made anew: it holds the old tables.
+        session is over. What holds the old tables must be made anew: a DDP wrapper around the model, a TorchRec wrapper
+        (KeyedOptimizerWrapper) around an optimizer.
 
         Args:
             plan: of this model.

@@ -268,8 +268,8 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             self.group = before
 
     # What it does depends on ids and on the step; a compiled model is compiled around it, once.
-    @leaf
     @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @leaf
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Look up, gate and pool: (B, sum of dims), keyed as the original."""
         features = maybe_td_to_kjt(features)
