@@ -221,6 +221,17 @@ def bench(rows: int, batch: int, repeats: int, device: str, threads: int, sweep:
         write_json(file, found)
 
 
+@main.command("leave-one-out")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the movies that are drawn.")
+def leave_one_out(folder: Path, seed: int) -> None:
+    """Write the test split of top-k beside MovieLens-1M's ratings in FOLDER: each user's last, and 99 to rank it among."""
+    stack.require()
+    from embsearch_plugin.data.leave_one_out import write_for_movielens
+
+    click.echo(f"written: {write_for_movielens(folder, seed)}")
+
+
 @main.command("list")
 @click.argument("what", type=click.Choice(["algorithms", "adapters", "recipes"]))
 def list_(what: str) -> None:

@@ -195,8 +195,8 @@ class _Knapsack:
         )
         if found.x is None:
             raise AllocationError(
-                f"the best allocation within {limit:,} was not found in {TIME_LIMIT} s: {found.message}\n  Possible solutions: "
-                "1) fewer row_blocks or column_chunks  2) another budget."
+                f"no allocation within {limit:,} was found (at most {TIME_LIMIT} s are taken): {found.message}\n  Possible "
+                "solutions: 1) fewer row_blocks or column_chunks  2) another budget."
             )
         status: int = found.status
         if status == 1:

@@ -43,5 +43,7 @@ def check_limits(settings: object) -> None:
         limits: Limits = vars(ancestor).get("limits", {})
         for name, limit in limits.items():
             value = getattr(settings, name)
-            if value is not None and not limit.holds(value):
+            if value is None and getattr(type(settings), name, None) is None:  # left out
+                continue
+            if value is None or not limit.holds(value):
                 raise SettingsError(f"{name} must be {limit.words}; got {value}")

@@ -113,12 +113,19 @@ class Slice:
 def exchange(
     optimizer: Optimizer, old: nn.Parameter, new: Sequence[nn.Parameter], states: Sequence[dict[str, Any]] = ()
 ) -> bool:
-    """Put new parameters in the place of ``old``, with a state each where there are any; return whether ``old`` was there."""
+    """Put new parameters in the place of ``old``, with a state each where there are any; return whether they are there now.
+
+    They are not where ``old`` was not, or where the optimizer cannot train them: it then lets go of ``old`` all the same.
+    """
     if isinstance(optimizer, CombinedOptimizer):  # its state is a copy of that of the optimizers inside
         return any(exchange(inner, old, new, states) for _, inner in optimizer.optimizers)
     group, index = _place(optimizer, old)
     if group is None:
         return False
+    if isinstance(optimizer, RowWiseAdagrad) and any(p.dim() < 2 for p in new):  # single weights are in no row
+        new, states, trained = [], [], False
+    else:
+        trained = True
     group["params"][index : index + 1] = new
     if "param_names" in group:
         name = group["param_names"][index]
@@ -126,7 +133,7 @@ def exchange(
     optimizer.state.pop(old, None)
     _begin_states(optimizer, new)
     optimizer.state.update((p, state) for p, state in zip(new, states, strict=False) if state)
-    return True
+    return trained
 
 
 def _begin_states(optimizer: Optimizer, new: Sequence[nn.Parameter]) -> None:

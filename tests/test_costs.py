@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import PLAIN, WORLDS, searched
+from support import WORLDS, searched, stored_bytes
 
 from embsearch_plugin.collection import Table
 from embsearch_plugin.costs import Unit, human_bytes
@@ -20,10 +20,13 @@ def test_parameters_know_no_indices() -> None:
     assert (bytes_.text(2048), parameters.text(2048)) == ("2.0 KiB", "2,048 parameters")
 
 
-@pytest.mark.parametrize("world", [PLAIN, WORLDS["half"]])
-def test_a_plan_costs_what_it_says(world: object) -> None:
-    plan = searched(world)[1].derive()  # type: ignore[arg-type]
-    assert (Unit.BYTES.of(plan), Unit.PARAMETERS.of(plan)) == (plan.size_bytes, plan.n_params)
+@pytest.mark.parametrize("world", ["bags", "half"])
+def test_a_plan_costs_what_its_tensors_take(world: str) -> None:
+    model, session, _ = searched(WORLDS[world])
+    plan = session.derive()
+    compact = session.compact(plan)
+    weights = sum(p.numel() for p in compact.collection.parameters())
+    assert (Unit.BYTES.of(plan), Unit.PARAMETERS.of(plan)) == (stored_bytes(model), weights)
 
 
 @pytest.mark.parametrize(

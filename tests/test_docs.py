@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import embsearch_plugin as es
-from embsearch_plugin.algorithms.base import SearchConfig
+from embsearch_plugin.algorithms.base import AlgorithmConfig, SearchConfig
 from embsearch_plugin.hookspecs import GlobalHooks, SessionHooks
 from embsearch_plugin.recipe_fields import _section, described_fields, markdown
 from embsearch_plugin.search.probe import Probe
@@ -60,7 +60,7 @@ OF_A_LOOP = {"attach", "detach", "step", "validated", "derive", "compact", "stat
 OF_A_RUN = {"folds", "least_weight_steps", "build", "look_up"}  # what runs ask, made of what else is said there
 
 
-@pytest.mark.parametrize("owner", [Session, Probe, SearchConfig])
+@pytest.mark.parametrize("owner", [Session, Probe, AlgorithmConfig, SearchConfig])
 def test_what_an_algorithm_may_use_and_say_is_in_the_guide(owner: type) -> None:
     guide = (DOCS / "extending.md").read_text(encoding="utf-8")
     public = {name for name in vars(owner) if not name.startswith("_")} - OF_A_LOOP - OF_A_RUN

@@ -28,7 +28,7 @@ def test_a_limit_says_what_it_holds(limit: Limit, inside: list[float], outside: 
 def test_limits_of_a_class_and_of_what_it_derives_from_are_checked() -> None:
     class Base:
         limits = {"a": at_least(1)}  # noqa: RUF012
-        a: float | None = 1
+        a: float | None = None
 
     class Derived(Base):
         limits = {"b": above(0)}  # noqa: RUF012
@@ -40,6 +40,12 @@ def test_limits_of_a_class_and_of_what_it_derives_from_are_checked() -> None:
     check_limits(settings)
     settings.a = 0
     with pytest.raises(SettingsError, match=r"^a must be at least 1; got 0$"):
+        check_limits(settings)
+    settings.a, settings.b = 1, 0
+    with pytest.raises(SettingsError, match=r"^b must be above 0; got 0$"):
+        check_limits(settings)
+    settings.b = None  # type: ignore[assignment]  # nobody said that it may be left out
+    with pytest.raises(SettingsError, match=r"^b must be above 0; got None$"):
         check_limits(settings)
 
 

@@ -10,6 +10,7 @@ Differences:
     * First order: the loss on the past is that of the model as it is, not after a virtual step.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -91,7 +92,7 @@ class AutoEmbSearch(SoftSearch):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state``."""
         self._controllers.load_state_dict(state["controllers"])
-        self._optimizer.load_state_dict(state["optimizer"])
+        self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it keeps the tensors
 
 
 def _weights(controller: nn.Module, most: int, entries: Entries) -> Tensor:

@@ -24,6 +24,7 @@ Differences from the paper:
     * Rows are stored in one width each, with their optimizer's state; the authors' code has a table for every size.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -174,7 +175,7 @@ class EsapnSearch(StreamAlgorithm):
         """Go on from ``state``."""
         for name, policy in self._policies.items():
             policy.load_state_dict(state["policies"][name])
-            self._optimizers[name].load_state_dict(state["optimizers"][name])
+            self._optimizers[name].load_state_dict(copy.deepcopy(state["optimizers"][name]))  # it keeps the tensors
         self._random.set_state(state["random"])
 
 

@@ -81,8 +81,8 @@ class GivenDims(FixedAllocation):
         needed = sum(budget.unit.weights(spec, count) for spec, count in sizes)
         if needed > budget.limit(session.original_bytes):
             raise BudgetError(
-                f"the given dims do not fit {budget}: they need {budget.unit.text(needed)}.\n  Possible "
-                "solutions: 1) smaller dims  2) raise the budget to what they need."
+                f"the given dims do not fit {budget}: they need {needed:,} {budget.unit}.\n  Possible "
+                "solutions: 1) smaller dims  2) raise the budget to that."
             )
         return [(dim,) * len(table.blocks.sizes) for dim, table in zip(chosen, session.tables, strict=True)]
 

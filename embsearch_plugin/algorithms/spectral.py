@@ -46,7 +46,6 @@ from embsearch_plugin.algorithms.uniform import Uniform
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.collection import Table
 from embsearch_plugin.compact.fold import UNFOLDED, Fold
-from embsearch_plugin.costs import Unit
 from embsearch_plugin.errors import AttachError, SettingsError
 from embsearch_plugin.hookspecs import hookimpl
 from embsearch_plugin.knapsack import allocate_among
@@ -130,12 +129,14 @@ class SpectralSearch:
     @hookimpl
     def embsearch_derive(self, session: "Session", budget: Budget | None) -> SizePlan:
         """Keep the pairs of row block and column that are worth most within the budget."""
-        unit, align = Unit.BYTES if budget is None else budget.unit, session.space.align
-        pairs = [_ways(basis, session.space) for basis in self._bases(session)]
+        align = session.space.align
+        bases = self._bases(session)
         if budget is None:
-            return SizePlan(tuple(rotated.plan(_within(rotated, self.config.tolerance)) for _, rotated in pairs), align)
-        options = [[way.options(unit) for way in pair] for pair in pairs]
-        chosen = allocate_among(options, budget.limit(session.original_bytes), unit)
+            all_rotated = [_way(basis, session.space, rotated=True) for basis in bases]
+            return SizePlan(tuple(each.plan(_within(each, self.config.tolerance)) for each in all_rotated), align)
+        pairs = [[_way(basis, session.space, rotated=rotated) for rotated in (False, True)] for basis in bases]
+        options = [[way.options(budget.unit) for way in pair] for pair in pairs]
+        chosen = allocate_among(options, budget.limit(session.original_bytes), budget.unit)
         return SizePlan(tuple(pair[way].plan(dims) for pair, (way, dims) in zip(pairs, chosen, strict=True)), align)
 
     @hookimpl
@@ -229,10 +230,10 @@ class _Basis:
         return squares.new_zeros(len(self.table.blocks.sizes), rows.shape[1]).index_add_(0, lookup, squares)
 
 
-def _ways(basis: _Basis, space: SearchSpace) -> tuple[Prefixes, Prefixes]:
-    """Return the two ways to store a table: by its own columns, and by rotated ones."""
-    dims = space.of(basis.table.spec).dims(basis.table.spec.dim)
-    return Prefixes(basis.table, basis.own_worth, dims), Prefixes(basis.table, basis.rotated_worth, dims, projection=True)
+def _way(basis: _Basis, space: SearchSpace, *, rotated: bool) -> Prefixes:
+    """Return a way to store a table: by its own columns, or by rotated ones."""
+    worth = basis.rotated_worth if rotated else basis.own_worth
+    return Prefixes(basis.table, worth, space.of(basis.table.spec).dims(basis.table.spec.dim), projection=rotated)
 
 
 def _within(rotated: Prefixes, tolerance: float) -> tuple[int, ...]:

@@ -1,12 +1,10 @@
 """The test split of top-k recommendation, in a file: each user's last item, to be ranked among some that she has not rated.
 
 The protocol is that of He et al. (2017), which nis.txt, 4.1.1, follows; but the paper draws 99 negatives anew for each batch of
-the test, and here they are drawn once, so that all methods rank the same. For MovieLens-1M:
-
-    python -m embsearch_plugin.data.leave_one_out FOLDER [SEED]
+the test, and here they are drawn once, so that all methods rank the same. For MovieLens-1M ``embsearch leave-one-out FOLDER``
+writes the file.
 """
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -36,7 +34,7 @@ def read_test_split(path: Path, users: Mapping[str, int], items: Mapping[str, in
     Raises:
         DataError: where the file is missing or malformed, or names what the log does not have.
     """
-    require_file(path, "it, or write it from the ratings (docs/data.md)")
+    require_file(path, "the ratings, and write it by: embsearch leave-one-out FOLDER")
     try:
         frame = pl.read_parquet(path, columns=["user", "positive", "negatives"])
         counts = frame["negatives"].list.len().unique().to_list()
@@ -92,7 +90,3 @@ def write_for_movielens(folder: Path, seed: int = 0) -> Path:
         raise DataError(f"{ratings} must hold lines of user::movie::stars::time, in numbers; got: {error}") from error
     write_test_split(path, user, item, time, seed)
     return path
-
-
-if __name__ == "__main__":
-    sys.stdout.write(f"written: {write_for_movielens(Path(sys.argv[1]), *map(int, sys.argv[2:3]))}\n")

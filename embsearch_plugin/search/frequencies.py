@@ -79,15 +79,16 @@ class Ranking:
 
     def _pass_over(self, batches: Iterable[Any]) -> list[Tensor]:
         self._start_counting()
-        for supernet in self._tables.supernets:
-            supernet.counts_always = True
-        with private_random(self._seed, generators_of(batches)):
-            for batch in unshared(batches):
-                self._run(batch)
-        counts = self._counted()
-        for supernet in self._tables.supernets:
-            supernet.counts, supernet.counts_always = None, False
-        return counts
+        try:
+            for supernet in self._tables.supernets:
+                supernet.counts_always = True
+            with private_random(self._seed, generators_of(batches)):
+                for batch in unshared(batches):
+                    self._run(batch)
+            return self._counted()
+        finally:  # the loop goes on, whatever a loader raises
+            for supernet in self._tables.supernets:
+                supernet.counts, supernet.counts_always = None, False
 
     def _start_counting(self) -> None:
         for supernet in self._tables.supernets:

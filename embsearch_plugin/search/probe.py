@@ -106,8 +106,7 @@ class Probe:
 
     def look_up(self, batch: Any) -> None:
         """Run a batch for its lookups alone."""
-        # Batch norm refuses a single example while it trains. Without gradients, fused kernels do not take it for a step.
-        with evaluating(self._model), self._untouched(), torch.no_grad():
+        with evaluating(self._model), self._untouched():  # batch norm refuses a single example while it trains
             outcome_of(self._objective, self._model, move(batch, self._tables.device))
 
     @contextmanager

@@ -47,7 +47,7 @@ class Session:
         config, budget, space: what was asked for.
         seed: of the random numbers that the search draws.
         algorithm: the plugin that searches.
-        step_count: weight steps since ``attach``.
+        step_count: weight steps since ``attach``, and those between steps by hand where none is attached.
         search_steps: search steps taken.
     """
 
@@ -215,8 +215,8 @@ class Session:
         self._validation = ValidationStream(validation, self.seed)
         self._training = None if training is None else ValidationStream(training, self.seed)
         self._optimizers = optimizers
+        self._train_forms()  # which may refuse them
         self._weight_steps.attach(optimizers)
-        self._train_forms()
 
     def _train_forms(self) -> None:
         """Let the optimizers train what the search added to the model, where they were made before."""
@@ -372,7 +372,7 @@ class Session:
         Raises:
             SessionError: before the first search step, and for a budget that would not be kept.
             BudgetError: where no plan fits.
-            AllocationError: where no allocation was found in time.
+            AllocationError: where weights are no numbers, or no allocation was found.
             NonFiniteLoss: where a candidate's loss on the shared weights is no number.
         """
         self._tables.check_dtypes()
@@ -553,7 +553,7 @@ def _plugins_of(algorithm: Algorithm, observers: Sequence[object]) -> pluggy.Plu
 def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Tell the model's session, if it has one: copies of a model keep this hook but have no session."""
     session = model.__dict__.get(ATTRIBUTE)
-    if session is not None:
+    if session is not None and not any(is_traced(each) for each in (*args, *kwargs.values())):
         session._weight_forward(args, kwargs)
 
 

@@ -45,7 +45,7 @@ class StreamSession:
         seed: of the random numbers drawn.
         algorithm: what decides.
         tables: the growing tables, over all collections.
-        step_count: weight steps since ``attach``.
+        step_count: weight steps since ``attach``, and those between steps by hand where none is attached.
     """
 
     def __init__(
@@ -202,8 +202,13 @@ class StreamSession:
         self._weight_steps.detach()
 
     def step(self, batch: Any) -> Mapping[str, float]:
-        """Take one search step by hand on a batch of the past; return its metrics."""
+        """Take one search step by hand on a batch of the past; return its metrics.
+
+        Where no optimizer is attached, what the loop did since the last one counts as one weight step.
+        """
         self._check_not_over()
+        if not self._weight_steps.attached and self._weight_steps.is_new():
+            self.step_count += 1
         metrics = self.algorithm.search_step(self, batch)
         self.search_steps += 1
         return metrics

@@ -277,7 +277,7 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             raise TooSmallBatch
         self.fuse()
         features, self.bags = ordered(features, self._features), features.stride()
-        owners = torch.is_grad_enabled() and self._candidates is None  # the search's own has candidates
+        owners = torch.is_grad_enabled() and self._candidates is None and not self.counts_always  # which a search's are not
         weight_step = self.training and owners
         self._used = self._candidates or (self.next_gates if weight_step else None) or self._gates
         self.forwards += owners

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import embsearch_plugin as es
-import embsearch_plugin.algorithms.spectral as spectral_module
-from embsearch_plugin.algorithms.spectral import SpectralSearch, _fisher
+from embsearch_plugin.algorithms.spectral import SpectralSearch, _fisher, _way
 from embsearch_plugin.collection import Table
 from embsearch_plugin.data.movielens import MovieLens1M, write_sample
 from embsearch_plugin.data.ranking import ranking_batch
@@ -181,7 +180,7 @@ def test_the_plan_is_the_best_there_is_within_the_budget() -> None:
     _, session = spectral(space=space)
     search = session.algorithm
     assert isinstance(search, SpectralSearch)
-    ways = [spectral_module._ways(basis, space) for basis in search._bases(session)]
+    ways = [[_way(basis, space, rotated=rotated) for rotated in (False, True)] for basis in search._bases(session)]
     every = [[(way, way.plan(dims)) for way in pair for dims in product((0, 4, 8), repeat=2)] for pair in ways]
 
     def worth(choice: Any) -> float:

@@ -5,7 +5,9 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from click.testing import CliRunner
 
+from embsearch_plugin.cli import main
 from embsearch_plugin.data.leave_one_out import FILE, NEGATIVES, write_for_movielens, write_test_split
 from embsearch_plugin.data.movielens import MovieLens1M, write_sample
 from embsearch_plugin.errors import DataError
@@ -37,6 +39,20 @@ def test_it_is_written_beside_movielens_and_never_over_another(tmp_path: Path) -
     (tmp_path / FILE).unlink()
     assert pl.read_parquet(write_for_movielens(tmp_path)).equals(before)
     assert len(MovieLens1M(str(tmp_path), task="top-k").load().pairs["test"]) == len(before)
+
+
+def test_the_command_says_what_it_wrote(tmp_path: Path) -> None:
+    write_sample(tmp_path, users=40, movies=120, ratings=300)
+    before = (tmp_path / FILE).read_bytes()
+    refused = CliRunner().invoke(main, ["leave-one-out", str(tmp_path)])
+    assert refused.exit_code == 1 and "DataError" in refused.output and "Traceback" not in refused.output
+    (tmp_path / FILE).unlink()
+    written = CliRunner().invoke(main, ["leave-one-out", str(tmp_path)])
+    assert written.output.strip() == f"written: {tmp_path / FILE}"
+    assert pl.read_parquet(tmp_path / FILE).equals(pl.read_parquet(before))
+    (tmp_path / FILE).unlink()
+    CliRunner().invoke(main, ["leave-one-out", str(tmp_path), "--seed", "1"])
+    assert not pl.read_parquet(tmp_path / FILE).equals(pl.read_parquet(before))
 
 
 @pytest.mark.parametrize("line", ["1::2::five::x", "1,2,3,4", "1::2"])

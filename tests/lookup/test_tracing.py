@@ -4,6 +4,7 @@ import pytest
 import torch
 from support import WORLDS, default_optimizer, task, train
 from torch import Tensor, fx, nn
+from torchrec.datasets.utils import Batch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import embsearch_plugin as es
@@ -19,6 +20,18 @@ class Columns(nn.Module):
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
         output: Tensor = self.collection(features).values()
         return output + 1
+
+
+class Wrapper(nn.Module):
+    """A module around a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> Tensor:
+        loss: Tensor = self.model(batch)[0]
+        return loss
 
 
 @pytest.mark.parametrize("form", ["searchable", "compact"])
@@ -40,6 +53,15 @@ def test_a_collection_is_a_leaf_of_a_graph(form: str) -> None:
     assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["collection"]
     features = world.features(16, seed=5)
     assert torch.equal(graph(features), columns(features))
+
+
+def test_a_searched_model_inside_another_is_traced_without_a_step() -> None:
+    model = task(WORLDS["mean"])
+    session = es.prepare(model, algorithm=es.Dnis(warm_up=1))
+    told: list[int] = []
+    session.register(Told(told))
+    assert fx.symbolic_trace(Wrapper(model))
+    assert not told
 
 
 class Told:

@@ -200,6 +200,33 @@ def test_an_optimizer_that_makes_its_state_at_once_takes_new_tables(algorithm: A
     assert before and not any(torch.equal(a, b) for a, b in zip(before, model.collection.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("algorithm", [es.Dnis(warm_up=1, fine_grained=True), es.Magnitude(fine_grained=True)])
+def test_single_weights_are_in_no_row_and_their_optimizer_lets_go_of_them(
+    algorithm: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = task(PLAIN)
+    rows, rest = RowWiseAdagrad(model.collection.parameters(), lr=0.1), torch.optim.Adam(model.over.parameters())
+    session = es.prepare(model, algorithm=algorithm, budget="60%")
+    session.attach([rows, rest], validation=[PLAIN.batch(seed=9)])
+    train(model, Both(rows, rest), [PLAIN.batch(seed=seed) for seed in range(4)])
+    with caplog.at_level(logging.WARNING):
+        session.compact(session.derive())
+    assert "no optimizer holds the compact tables of collection.t0, collection.t1" in caplog.text
+    assert not rows.param_groups[0]["params"]
+    train(model, Both(rest, torch.optim.Adam(model.collection.parameters())), [PLAIN.batch(seed=9)])
+
+
+def test_an_attach_that_is_refused_may_be_tried_again() -> None:
+    model = task(PLAIN)
+    for bag in model.collection.embedding_bags.values():
+        bag.sparse = True
+    session = es.prepare(model, algorithm=es.Nis(warm_up=1))
+    sparse = torch.optim.SparseAdam(list(model.collection.inner.parameters()))
+    with pytest.raises(AttachError, match=r"attach\(\[sparse, dense\], \.\.\.\)"):
+        session.attach(sparse, validation=[PLAIN.batch(seed=9)])
+    session.attach([sparse, torch.optim.Adam(model.over.parameters())], validation=[PLAIN.batch(seed=9)])
+
+
 class Both:
     """Two optimizers, called as one."""
 

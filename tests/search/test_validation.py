@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import DEVICE, PLAIN, task, train
+from support import DEVICE, PLAIN, moved, tables_of, task, train
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 
@@ -195,4 +195,33 @@ def test_counting_a_loader_is_none_of_the_loops_passes() -> None:
     session.attach(optimizer, validation=[PLAIN.batch(seed=9)])
     train(model, optimizer, [PLAIN.batch(seed=5)])
     assert session.search_steps == 1 and model.collection.forwards == 1
-    assert sum(graphs) <= 1
+    assert len(graphs) == 5 and sum(graphs) == 1  # the loop's one, three that count, and that of the search step
+
+
+def test_a_loader_that_fails_while_it_is_counted_leaves_the_loop_as_it_was() -> None:
+    def failing() -> Any:
+        yield PLAIN.batch(seed=1)
+        raise OSError("the disk is gone")
+
+    class Batches:
+        def __iter__(self) -> Any:
+            return failing()
+
+    model = task(PLAIN)
+    session = es.prepare(model, algorithm=es.Dnis(warm_up=1), frequencies=Batches())
+    with pytest.raises(OSError, match="the disk is gone"):
+        _ = session.frequencies
+    before = tables_of(model)
+    train(model, torch.optim.SGD(model.parameters(), lr=0.1), [PLAIN.batch(seed=5)])
+    assert moved(model, before)
+
+
+def test_an_objective_that_differentiates_serves_a_loader_that_is_counted() -> None:
+    def penalized(model: Any, batch: Any) -> Any:
+        batch.dense_features.requires_grad_()
+        loss, (_, logits, labels) = model(batch)
+        (gradient,) = torch.autograd.grad(loss, batch.dense_features, create_graph=True)
+        return loss + gradient.square().sum(), logits, labels
+
+    session = es.prepare(task(PLAIN), objective=penalized, frequencies=[PLAIN.batch(seed=1)])
+    assert sum(int(counts.sum()) for counts in session.frequencies) == 64

@@ -14,6 +14,7 @@ import embsearch_plugin as es
 from embsearch_plugin.algorithms.base import SearchConfig
 from embsearch_plugin.costs import Unit
 from embsearch_plugin.knapsack import Option, TableOptions, allocate
+from embsearch_plugin.limits import Limits, above
 from embsearch_plugin.plan import TablePlan
 from embsearch_plugin.ranges import Range, Ranges
 from embsearch_plugin.search.tables import SearchTable
@@ -28,6 +29,7 @@ class Frequency(SearchConfig):
     """
 
     name: ClassVar[str] = "frequency"
+    limits: ClassVar[Limits] = {"power": above(0)}
     ranges: ClassVar[Ranges] = {"power": Range(0.1, 1.0)}
     power: float = 0.5
 
