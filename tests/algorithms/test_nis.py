@@ -17,6 +17,7 @@ from embsearch_plugin.algorithms.parts.block_choices import BlockChoices
 from embsearch_plugin.algorithms.parts.embedding_blocks import EmbeddingBlocks, menu
 from embsearch_plugin.algorithms.parts.quality import quality_of
 from embsearch_plugin.collection import Table
+from embsearch_plugin.costs import Unit
 from embsearch_plugin.files import read_state, write_state
 from embsearch_plugin.plan import TablePlan
 from embsearch_plugin.search.session import Session
@@ -74,7 +75,7 @@ def test_costs_are_those_of_the_paper(mode: Any) -> None:
             assert counted == (0, 10, 30, 60)[s] * (0, 2, 5, 6)[t]
         if mode == "me":
             assert counted == sum(d * (0, 10, 30, 60)[s] for d, s in zip(table.widths, arms, strict=True))
-    assert int(choices.cost([heights], "bytes")) == 4 * int(choices.cost([heights], "parameters"))
+    assert int(choices.cost([heights], Unit.BYTES)) == 4 * int(choices.cost([heights], Unit.PARAMETERS))
 
 
 @pytest.mark.parametrize("mode", ["se", "me"])
@@ -90,7 +91,7 @@ def test_tables_that_are_cut_alike_are_asked_together_as_one_by_one(shape: tuple
         assert torch.equal(own, expected)
         assert torch.equal(gates, table.gates(expected))
         cost, first = cost + table.n_weights(expected), first + len(arms)
-    assert torch.equal(choices.cost(heights, "parameters"), cost)
+    assert torch.equal(choices.cost(heights, Unit.PARAMETERS), cost)
 
 
 def test_choices_follow_where_rows_are_cut_anew() -> None:
@@ -355,7 +356,7 @@ def test_the_compact_model_is_the_one_with_the_plans_gates(world: str, mode: str
     expected = model.eval().collection(features).values()
     session.set_gates([torch.rand_like(gate) for gate in session.gates])
     plan = session.derive(strict=False)
-    assert sum(table.n_weights for table in plan.tables) == int(choices.cost(heights, "parameters"))
+    assert sum(table.n_weights for table in plan.tables) == int(choices.cost(heights, Unit.PARAMETERS))
     session.compact(plan)
     assert relative_error(model.collection(features).values(), expected) <= (1e-3 if world == "half" else 1e-5)
 
@@ -423,11 +424,11 @@ def test_the_plan_has_the_smallest_loss_of_all_that_fit(mode: Any, budget: es.Bu
     for arms in itertools.product(*map(range, choices.arms)):
         heights = choices.heights(torch.tensor(arms))
         plans = [table.plan(own, cut.blocks) for table, own, cut in zip(choices.tables, heights, session.tables, strict=True)]
-        size = sum(plan.size_bytes if budget.unit == "bytes" else plan.n_params for plan in plans)
+        size = sum(budget.unit.of(plan) for plan in plans)
         if size <= limit:
             best = min(best, float(session.probe.evaluate(batch, choices.gates(heights)).loss.detach()))
     plan = session.derive(budget)
-    assert (plan.size_bytes if budget.unit == "bytes" else plan.n_params) <= limit
+    assert budget.unit.of(plan) <= limit
     session.compact(plan)
     assert float(model.eval()(batch)[0].detach()) == pytest.approx(best, abs=2e-5)
 
