@@ -420,9 +420,9 @@ def test_a_plan_with_another_dim_is_refused() -> None:
         ({"lookup": "both"}, "lookup must be 'shared' or 'separate'"),
         ({"transform": "conv"}, "transform 'padding' or 'linear'"),
         ({"lr": 0.0}, "lr must be above 0"),
-        ({"scored_on": 0}, "scored_on at least 1"),
+        ({"scored_on": 0}, "scored_on must be at least 1"),
         ({"xi": -1.0}, "xi must be at least 0"),
-        ({"every": 0}, "every at least 1"),
+        ({"every": 0}, "every must be at least 1"),
     ],
 )
 def test_settings_that_make_no_sense(settings: dict[str, Any], message: str) -> None:

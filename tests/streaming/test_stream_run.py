@@ -294,7 +294,7 @@ def test_settings_of_a_stream_are_checked(tmp_path: Path) -> None:
     for wrong, message in (
         ({"seeds": [1, 1]}, "no one twice"),
         ({"train": {"batch_size": 0}}, "must be at least 1"),
-        ({"train": {"lr": 0}}, "lr above 0"),
+        ({"train": {"lr": 0}}, "lr must be above 0; got 0"),
         ({"tune": {}}, "extra field"),
     ):
         with pytest.raises(RecipeError, match=message):
