@@ -17,6 +17,7 @@ from embsearch_plugin.algorithms.uniform import Uniform
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.data import stream
 from embsearch_plugin.errors import RecipeError, SettingsError, did_you_mean
+from embsearch_plugin.limits import Limits, above, at_least, check_limits
 from embsearch_plugin.machine import check_device
 from embsearch_plugin.plain import structured, to_plain
 from embsearch_plugin.ranges import Range, Ranges
@@ -65,6 +66,13 @@ class Train:
     """
 
     ranges: ClassVar[Ranges] = {"lr": Range(1e-4, 1e-2, log=True), "l2": Range(1e-5, 1e-2, log=True)}
+    limits: ClassVar[Limits] = {
+        "batch_size": at_least(1),
+        "epochs": at_least(1),
+        "patience": at_least(0),
+        "lr": above(0),
+        "l2": at_least(0),
+    }
     batch_size: int = 1024
     epochs: int = 30
     patience: int = 2
@@ -83,11 +91,7 @@ class Train:
             raise SettingsError(
                 f"clip_norm must be above 0, and null with fused, whose kernels know no norm; got {self.clip_norm}"
             )
-        if min(self.batch_size, self.epochs) < 1 or self.patience < 0 or self.lr <= 0 or self.l2 < 0:
-            raise SettingsError(
-                "batch_size and epochs must be at least 1, patience and l2 at least 0, lr above 0; got "
-                f"{self.batch_size}, {self.epochs}, {self.patience}, {self.l2}, {self.lr}"
-            )
+        check_limits(self)
 
 
 @dataclass(frozen=True)

@@ -154,7 +154,10 @@ def test_all_that_cannot_be_varied_is_listed_at_once() -> None:
 @pytest.mark.parametrize(
     ("study", "message"),
     [
-        ({"fields": {"train.lr": {"low": -1, "high": 1}}}, "-1 is refused: .*lr above 0.*@ recipe.study.fields.train.lr"),
+        (
+            {"fields": {"train.lr": {"low": -1, "high": 1}}},
+            "-1 is refused: .*lr must be above 0.*@ recipe.study.fields.train.lr",
+        ),
         ({"fields": {"train.optimizer": ["adam", "adma"]}}, "'adma' is refused: unknown optimizer 'adma'. Did you mean 'adam'"),
         ({"fields": {"nis.lr": None}}, "nis is not among the algorithms that are tried .dnis. @ recipe.study.fields.nis.lr"),
         ({"fields": {"search.budgets": {"low": "5%", "high": "5.0%"}}}, "the range is empty: got 5% and 5.0%"),
