@@ -141,7 +141,7 @@ def test_overrides_that_make_no_sense(override: str) -> None:
         ({"data": {"name": "movielens-1m", "path": "x", "task": "topk"}}, "topk.* @ recipe.data.task"),
         ({"seeds": [1, 1]}, "no one twice"),
         ({"seeds": [-1]}, "each 0 or more"),
-        ({"tune": {"l2": [0.1, -1.0]}}, "l2 at least 0"),
+        ({"tune": {"l2": [0.1, -1.0]}}, "l2 must be at least 0"),
         ({"tune": {"epochs": [3]}}, "extra field 'epochs'"),
     ],
 )
