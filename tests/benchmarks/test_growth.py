@@ -58,7 +58,7 @@ def steps_on(rows: int, bag: int) -> dict[str, list[tuple[str, list[tuple[int, .
     batch = work.alike(rows=FEW).batches(1)[0]  # the same ids for all
     model, session = work.searched()
     train = Trainer(model)
-    for _ in range(3):  # rows are ranked in each of these search steps, and not in the next
+    for _ in range(4):  # rows are ranked in the first, second and fourth of these search steps, and not in the next
         train(batch)
         session.step(batch)
     seen = {"weight": operations(train, batch), "search": operations(session.step, batch)}
