@@ -217,6 +217,17 @@ FORMED = {
 """Algorithms whose tables have forms."""
 
 
+class Told:
+    """An observer that notes the steps whose forward passes are announced."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    @es.hookimpl
+    def embsearch_before_forward(self, step: int) -> None:
+        self.steps.append(step)
+
+
 def random_state() -> list[Tensor]:
     """The state of every generator that models draw from."""
     return [generator.get_state() for generator in shared_generators()]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import WORLDS, default_optimizer, task, train
+from support import WORLDS, Told, default_optimizer, task, train
 from torch import Tensor, fx, nn
 from torchrec.datasets.utils import Batch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -39,17 +39,17 @@ def test_a_collection_is_a_leaf_of_a_graph(form: str) -> None:
     world = WORLDS["mean"]
     model = task(world)
     session = es.prepare(model, algorithm=es.Dnis(warm_up=1), budget="40%")
-    told: list[int] = []
-    session.register(Told(told))
+    told = Told()
+    session.register(told)
     optimizer = default_optimizer(world)(model.parameters())
     session.attach(optimizer, validation=[world.batch(16, seed=9)])
     train(model, optimizer, [world.batch(16, seed=seed) for seed in range(3)])
     if form == "compact":
         session.compact(session.derive())
-    before = len(told)
+    before = len(told.steps)
     columns = Columns(model.collection)
     graph = fx.symbolic_trace(columns)
-    assert len(told) == before  # recording is no step of the loop
+    assert len(told.steps) == before  # recording is no step of the loop
     assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["collection"]
     features = world.features(16, seed=5)
     assert torch.equal(graph(features), columns(features))
@@ -58,18 +58,7 @@ def test_a_collection_is_a_leaf_of_a_graph(form: str) -> None:
 def test_a_searched_model_inside_another_is_traced_without_a_step() -> None:
     model = task(WORLDS["mean"])
     session = es.prepare(model, algorithm=es.Dnis(warm_up=1))
-    told: list[int] = []
-    session.register(Told(told))
+    told = Told()
+    session.register(told)
     assert fx.symbolic_trace(Wrapper(model))
-    assert not told
-
-
-class Told:
-    """Notes the steps whose forward passes are announced."""
-
-    def __init__(self, steps: list[int]) -> None:
-        self.steps = steps
-
-    @es.hookimpl
-    def embsearch_before_forward(self, step: int) -> None:
-        self.steps.append(step)
+    assert not told.steps

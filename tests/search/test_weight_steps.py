@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import PLAIN, STREAMING, Task, task, train
+from support import PLAIN, STREAMING, Task, Told, task, train
 from torch import nn
 
 import embsearch_plugin as es
@@ -67,8 +67,8 @@ def test_steps_by_hand_follow_the_loops() -> None:
     """The schedule of an algorithm goes by the loop's steps, and gates are drawn for each of them, whoever steps."""
     model = task(PLAIN)
     session = es.prepare(model, algorithm=es.AutoDim(candidates=(2, 4), every=1))
-    drawn: list[int] = []
-    session.register(Told(drawn))
+    told = Told()
+    session.register(told)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     session.attach(optimizer, validation=[PLAIN.batch(seed=9)])
     session.detach()
@@ -80,7 +80,7 @@ def test_steps_by_hand_follow_the_loops() -> None:
         session.step(PLAIN.batch(seed=9))
     session.step(PLAIN.batch(seed=9))
     assert session.step_count == 4 and session.search_steps == 5
-    assert drawn == [0, 1, 2, 3]
+    assert told.steps == [0, 1, 2, 3]
 
 
 def test_a_batch_by_hand_that_is_too_small_is_tried_once() -> None:
@@ -89,14 +89,3 @@ def test_a_batch_by_hand_that_is_too_small_is_tried_once() -> None:
     train(model, torch.optim.SGD(model.parameters(), lr=0.1), [PLAIN.batch()])
     with pytest.raises(AttachError, match="at least 2 examples; this one is smaller"):
         session.step(PLAIN.batch(1))
-
-
-class Told:
-    """Notes the steps whose forward passes are announced."""
-
-    def __init__(self, steps: list[int]) -> None:
-        self.steps = steps
-
-    @es.hookimpl
-    def embsearch_before_forward(self, step: int) -> None:
-        self.steps.append(step)
