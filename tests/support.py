@@ -217,6 +217,18 @@ FORMED = {
 """Algorithms whose tables have forms."""
 
 
+class Around(nn.Module):
+    """A user's wrapper."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> Tensor:
+        loss: Tensor = self.model(batch)[0]
+        return loss
+
+
 class Told:
     """An observer that notes the steps whose forward passes are announced."""
 

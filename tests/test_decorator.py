@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support import PLAIN, Task, World, task, train
-from torch import Tensor, nn
+from support import PLAIN, Around, Task, World, task, train
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torchrec.datasets.utils import Batch
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
@@ -282,18 +282,6 @@ def assert_equal(model: nn.Module, other: nn.Module) -> None:
     assert torch.equal(model(PLAIN.batch())[0], other(PLAIN.batch())[0])
     other.train()
     other(PLAIN.batch())[0].backward()
-
-
-class Around(nn.Module):
-    """A user's wrapper."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: Batch) -> Tensor:
-        loss: Tensor = self.model(batch)[0]
-        return loss
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from support import WORLDS, Told, default_optimizer, task, train
+from support import WORLDS, Around, Told, default_optimizer, task, train
 from torch import Tensor, fx, nn
-from torchrec.datasets.utils import Batch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import embsearch_plugin as es
@@ -20,18 +19,6 @@ class Columns(nn.Module):
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
         output: Tensor = self.collection(features).values()
         return output + 1
-
-
-class Wrapper(nn.Module):
-    """A module around a model."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: Batch) -> Tensor:
-        loss: Tensor = self.model(batch)[0]
-        return loss
 
 
 @pytest.mark.parametrize("form", ["searchable", "compact"])
@@ -60,5 +47,5 @@ def test_a_searched_model_inside_another_is_traced_without_a_step() -> None:
     session = es.prepare(model, algorithm=es.Dnis(warm_up=1))
     told = Told()
     session.register(told)
-    assert fx.symbolic_trace(Wrapper(model))
+    assert fx.symbolic_trace(Around(model))
     assert not told.steps

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
-from support import FORMED, PLAIN, WORLDS, Task, dlrm, searched, stored_bytes, task, train
+from support import FORMED, PLAIN, WORLDS, Task, Told, dlrm, searched, stored_bytes, task, train
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
@@ -207,8 +207,8 @@ def test_column_chunks_that_do_not_add_up_are_named_before_anything_is_trained()
 def test_a_loop_that_calls_a_part_of_the_model_searches_too(algorithm: Any) -> None:
     model = dlrm()
     session = es.prepare(model, algorithm=algorithm, budget="50%")
-    told: list[int] = []
-    session.register(ForwardsSeen(told))
+    told = Told()
+    session.register(told)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     session.attach(optimizer, validation=[PLAIN.batch(seed=900)])
     for seed in range(12):
@@ -217,7 +217,7 @@ def test_a_loop_that_calls_a_part_of_the_model_searches_too(algorithm: Any) -> N
         logits = model.model(batch.dense_features, batch.sparse_features).squeeze(-1)
         nn.functional.binary_cross_entropy_with_logits(logits, batch.labels).backward()
         optimizer.step()
-    assert told == list(range(12))
+    assert told.steps == list(range(12))
     if isinstance(algorithm, es.Sam):
         assert bool(session.algorithm.vectors.abs().sum() > 0)
 
@@ -225,27 +225,16 @@ def test_a_loop_that_calls_a_part_of_the_model_searches_too(algorithm: Any) -> N
 def test_a_compiled_model_is_searched() -> None:
     model = task(PLAIN)
     session = es.prepare(model, algorithm=es.Nis(warm_up=2, group=8), budget="50%")
-    told: list[int] = []
-    session.register(ForwardsSeen(told))
+    told = Told()
+    session.register(told)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     session.attach(optimizer, validation=[PLAIN.batch(seed=900)])
     compiled = torch.compile(model, backend="eager")
     train(compiled, optimizer, (PLAIN.batch(seed=i) for i in range(5)))
     with torch._dynamo.config.patch(error_on_recompile=True):
         train(compiled, optimizer, (PLAIN.batch(seed=i) for i in range(5, 16)))
-    assert told == list(range(16))
+    assert told.steps == list(range(16))
     assert session.derive().size_bytes <= session.original_bytes / 2
-
-
-class ForwardsSeen:
-    """An observer of weight forwards."""
-
-    def __init__(self, steps: list[int]) -> None:
-        self.steps = steps
-
-    @es.hookimpl
-    def embsearch_before_forward(self, step: int) -> None:
-        self.steps.append(step)
 
 
 @pytest.mark.parametrize("algorithm", ["spectral", es.Nis(warm_up=2, group=8), es.AutoDim(candidates=(4, 8))])
