@@ -122,10 +122,8 @@ def exchange(
     group, index = _place(optimizer, old)
     if group is None:
         return False
-    if isinstance(optimizer, RowWiseAdagrad) and any(p.dim() < 2 for p in new):  # single weights are in no row
-        new, states, trained = [], [], False
-    else:
-        trained = True
+    trained = not (isinstance(optimizer, RowWiseAdagrad) and any(p.dim() < 2 for p in new))  # single weights have no row
+    new = new if trained else []
     group["params"][index : index + 1] = new
     if "param_names" in group:
         name = group["param_names"][index]

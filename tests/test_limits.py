@@ -2,11 +2,12 @@
 
 import re
 from dataclasses import fields
+from typing import ClassVar
 
 import pytest
 
 from embsearch_plugin.errors import SettingsError
-from embsearch_plugin.limits import Limit, above, at_least, check_limits, share
+from embsearch_plugin.limits import Limit, Limits, above, at_least, check_limits, share
 from embsearch_plugin.plugins import algorithms
 
 
@@ -27,12 +28,12 @@ def test_a_limit_says_what_it_holds(limit: Limit, inside: list[float], outside: 
 
 def test_limits_of_a_class_and_of_what_it_derives_from_are_checked() -> None:
     class Base:
-        limits = {"a": at_least(1)}  # noqa: RUF012
+        limits: ClassVar[Limits] = {"a": at_least(1)}
         a: float | None = None
 
     class Derived(Base):
-        limits = {"b": above(0)}  # noqa: RUF012
-        b = 1
+        limits: ClassVar[Limits] = {"b": above(0)}
+        b: float | None = 1
 
     settings = Derived()
     check_limits(settings)
@@ -44,7 +45,7 @@ def test_limits_of_a_class_and_of_what_it_derives_from_are_checked() -> None:
     settings.a, settings.b = 1, 0
     with pytest.raises(SettingsError, match=r"^b must be above 0; got 0$"):
         check_limits(settings)
-    settings.b = None  # type: ignore[assignment]  # nobody said that it may be left out
+    settings.b = None  # its default says that it may not be left out
     with pytest.raises(SettingsError, match=r"^b must be above 0; got None$"):
         check_limits(settings)
 

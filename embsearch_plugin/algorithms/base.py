@@ -176,7 +176,12 @@ class SearchConfig(AlgorithmConfig):
     @property
     def least_weight_steps(self) -> int:
         """How many weight steps it takes until then: the warm-up, and those between search steps."""
-        return (self.warm_up or self.every) + self.every * (self.least_search_steps - 1)
+        return self.first_search_step + self.every * (self.least_search_steps - 1)
+
+    @property
+    def first_search_step(self) -> int:
+        """The weight step that the first search step follows."""
+        return self.warm_up or self.every
 
     def space(self, given: SearchSpace | None) -> SearchSpace:
         """Return how tables are cut, given what the user asked for, if anything."""

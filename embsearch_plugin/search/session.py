@@ -121,7 +121,7 @@ class Session:
         """The tables and how their rows are cut; known from the first search step on, and a SessionError before it."""
         if self._tables.blocks is None:
             raise SessionError(
-                f"rows are ranked after {self.config.warm_up or self.config.every} weight steps; {self.step_count} were taken."
+                f"rows are ranked after {self.config.first_search_step} weight steps; {self.step_count} were taken."
             )
         return [SearchTable(s, b) for s, b in zip(self._tables.specs, self._tables.blocks, strict=True)]
 
@@ -265,7 +265,7 @@ class Session:
             SessionError: where nothing was trained yet, so that rows cannot be ranked; or the search is over.
         """
         self._check_not_over()
-        if not self._weight_steps.attached and self._weight_steps.is_new():
+        if not self._weight_steps.attached and self._weight_steps.advance():
             self._count_weight_step()
         return self._search_step(lambda: batch, tries=1)
 
@@ -382,7 +382,7 @@ class Session:
         if not self.search_steps:
             raise SessionError(
                 f"derive needs at least one search step; {self.step_count} weight steps were taken, and the first search step "
-                f"follows {self.config.warm_up or self.config.every}.\n  Possible solutions: 1) attach(optimizer, "
+                f"follows {self.config.first_search_step}.\n  Possible solutions: 1) attach(optimizer, "
                 "validation=...) before the loop  2) train longer  3) a smaller warm_up, or every."
             )
         ceiling = (self.budget if budget is None else Budget.of(budget)) if strict else None

@@ -42,11 +42,11 @@ class WeightSteps:
         if self._forwards() == self._seen:  # a step that calls its parent's step fires the hook twice
             return
         self._waited_for.discard(id(optimizer))
-        if not self._waited_for and self.is_new():
+        if not self._waited_for and self.advance():
             self._waited_for = set(self._all)
             self._taken()
 
-    def is_new(self) -> bool:
-        """Whether the loop has run the tables since this was last so."""
+    def advance(self) -> bool:
+        """Take what the loop has run until now for done; return whether it has run the tables since the last time."""
         seen, self._seen = self._seen, self._forwards()
         return self._seen > seen

@@ -207,7 +207,7 @@ class StreamSession:
         Where no optimizer is attached, what the loop did since the last one counts as one weight step.
         """
         self._check_not_over()
-        if not self._weight_steps.attached and self._weight_steps.is_new():
+        if not self._weight_steps.attached and self._weight_steps.advance():
             self.step_count += 1
         metrics = self.algorithm.search_step(self, batch)
         self.search_steps += 1
