@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -239,6 +240,20 @@ def _kernel(
         device=like.device,
         **fused_params,
     )
+
+
+@contextmanager
+def steps_kept(collection: nn.Module) -> Iterator[None]:
+    """Restore the step counters of a collection's TBE kernels, which some optimizers (Adam) advance in every forward."""
+    kernels = collection.kernels if isinstance(collection, FusedEmbeddingBags) else collection.modules()
+    counted = [k for k in kernels if isinstance(k, SplitTableBatchedEmbeddingBagsCodegen) and hasattr(k, "iter")]
+    saved = [(k, k.iter.clone(), k.iter_cpu.clone()) for k in counted]
+    try:
+        yield
+    finally:
+        for kernel, steps, steps_cpu in saved:
+            kernel.iter.copy_(steps)
+            kernel.iter_cpu.copy_(steps_cpu)
 
 
 def requested(collection: nn.Module, fused_params: Mapping[str, Any] | None) -> dict[str, Any] | None:

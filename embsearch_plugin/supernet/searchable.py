@@ -15,44 +15,35 @@ Shapes: gates of a table are (S, C), or (N, S, C) for gates that groups of examp
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import accumulate, groupby
+from itertools import groupby
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingBagCollectionInterface
-from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from embsearch_plugin import distributed
 from embsearch_plugin.autocast import Autocast
 from embsearch_plugin.collection import Table
 from embsearch_plugin.errors import SessionError, UnsupportedCollection
-from embsearch_plugin.fused import FusedEmbeddingBags, requested
-from embsearch_plugin.lookup.bags import (
-    SplitBags,
-    check_readers,
-    columns_of,
-    has_long_bags,
-    ids_of,
-    one_per_bag,
-    ordered,
-    rows_at,
-    split_by_cell,
-)
-from embsearch_plugin.lookup.readers import Read, Readers, TableRows
+from embsearch_plugin.fused import FusedEmbeddingBags, requested, steps_kept
+from embsearch_plugin.lookup.bags import SplitBags, columns_of, has_long_bags, ids_of, one_per_bag, split_by_cell
+from embsearch_plugin.lookup.readers import TableRows
 from embsearch_plugin.lookup.single import is_single, rows_of
 from embsearch_plugin.lookup.slots import Slot, slots_of
 from embsearch_plugin.lookup.tracing import leaf
 from embsearch_plugin.space import RowBlocks
 from embsearch_plugin.supernet.captured import Captured
+from embsearch_plugin.supernet.cells import Cells, mean_shares, most_cells
 from embsearch_plugin.supernet.forms import Form
 from embsearch_plugin.supernet.gating import gate_cells, gate_rows
 from embsearch_plugin.supernet.pieces import Pieces
+from embsearch_plugin.supernet.rows import BatchRows, RowReaders
 from embsearch_plugin.supernet.virtual import VirtualRows
 
 # Of long bags each kernel's output is S times as large as the collection's; smaller ones can take each other's memory. A GPU
@@ -95,15 +86,7 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self.slots = slots_of(inner.embedding_bag_configs())  # as looked up, W columns each
         self._widths = [config.embedding_dim for config in inner.embedding_bag_configs()]
         self.output_dims = [slot.dim for slot in slots_of(configs)]
-        self._features = list(dict.fromkeys(slot.feature for slot in self.slots))
-        starts = list(accumulate((table.rows for table in tables), initial=0))
-        self._readers = Readers(
-            self._features,
-            [slot.feature for slot in self.slots],
-            rows=[tables[slot.table].rows for slot in self.slots],
-            starts=[starts[slot.table] for slot in self.slots],
-        )
-        self._read: Read | None = None  # what they read of the batch that is running, where that is done together
+        self._readers = RowReaders(tables, self.slots)
         self.counts: TableRows | None = None  # how often each row was read, while ids are counted
         self.counts_always = False  # in forwards without gradients, too
         self.fused_params: Mapping[str, Any] | None = None
@@ -118,7 +101,6 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             self._gates = [torch.full((1, form.n_gates), 1 / form.n_gates, device=self.device) for form in forms]
         self.next_gates: list[Tensor] | None = None  # of training forwards, in place of the gates; may carry a graph
         self._candidates: list[Tensor] | None = None  # gates of a search step, in place of either
-        self._used: list[Tensor] = []  # the gates of the forward that is running
         self.bags = 0  # per feature, of the last forward: examples, unless the model looks up more for each
         self.group = 1  # examples that share gates, where gates are those of groups
         self._virtual: VirtualRows | None = None
@@ -145,7 +127,7 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the model belongs to no search: it has the gates that are in use, and none of a search's graph."""
         next_gates = None if self.next_gates is None else [gate.detach() for gate in self.next_gates]
-        return {**self.__dict__, "next_gates": next_gates, "_used": [], "_read": None}
+        return {**self.__dict__, "next_gates": next_gates}
 
     def set_blocks(self, blocks: Sequence[RowBlocks], device: torch.device) -> None:
         """Say which row is in which block. Gates start at one; later calls keep them."""
@@ -276,72 +258,61 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         if self._candidates is not None and features.stride() < self.smallest_batch:
             raise TooSmallBatch
         self.fuse()
-        features, self.bags = ordered(features, self._features), features.stride()
+        rows = self._readers.read(features)
+        self.bags = rows.features.stride()
         owners = torch.is_grad_enabled() and self._candidates is None and not self.counts_always  # which a search's are not
         weight_step = self.training and owners
-        self._used = self._candidates or (self.next_gates if weight_step else None) or self._gates
         self.forwards += owners
         if weight_step:
-            self.autocast = Autocast.now(features.values().device.type)
-        self._read = self._read_together(features) if self._readers.together(features) else None
-        if self._read is None and (self._pieces is None or self.weighs):  # otherwise reading blocks finds ids without a row
-            self._check(features)
-        output = self._output(features)
+            self.autocast = Autocast.now(rows.features.values().device.type)
+        output = self._output(rows, self._candidates or (self.next_gates if weight_step else None) or self._gates)
         if self.counts is not None and (owners or self.counts_always):  # a frozen model trains in evaluation mode
-            self._count(features, self.counts)
-        self._read = None
+            self.counts = self.counts.on(rows.features.values().device)
+            rows.count(self.counts)
         return output
 
-    def _check(self, features: KeyedJaggedTensor) -> None:
-        check_readers(features, [(self.tables[s.table].name, s.feature, self.tables[s.table].rows) for s in self.slots])
-
-    def _read_together(self, features: KeyedJaggedTensor) -> Read:
-        """Return what all slots read, all of it ids that have a row."""
-        read = self._readers.read(features)
-        if not torch.compiler.is_exporting() and not read.have_rows(self._readers.of("rows", read.ids.device)):
-            self._check(features)
-        return read
-
-    def _output(self, features: KeyedJaggedTensor) -> KeyedTensor:
-        values = self._gated(features)
+    def _output(self, rows: BatchRows, gates: Sequence[Tensor]) -> KeyedTensor:
+        values = self._gated(rows, gates)
         if len(self.forms):
-            values = self._formed(values)
+            values = self._formed(values, gates)
         if self.captured is not None:
             values = values.detach().requires_grad_()
-            self.captured.append(Captured(self, features, values))
+            self.captured.append(Captured(self, rows.features, values))
         return KeyedTensor([s.key for s in self.slots], self.output_dims, values)
 
-    def _gated(self, features: KeyedJaggedTensor) -> Tensor:
+    def _gated(self, rows: BatchRows, gates: Sequence[Tensor]) -> Tensor:
         """Return what is looked up, gated where gates multiply rows: (B, sum of widths)."""
+        if self._blocks is None or self.weighs:
+            rows.check()  # below, reading blocks finds ids without a row, before fused kernels overwrite them
+            if self._virtual is not None or self._kept:
+                return self._pool_by_row(rows)
+            return torch.cat([look_up() for _, look_up in self._lookups(rows.features)], 1)
+        blocks = rows.blocks(self._blocks)
         if self._virtual is not None or self._kept:
-            return self._pool_by_row(features)
-        if self.weighs or self._pieces is None:
-            return torch.cat([look_up() for _, look_up in self._lookups(features)], 1)
-        if has_long_bags(features):
-            by_row = self.is_plain and self._most_cells() > MOST_CELLS
-            return self._pool_by_row(features) if by_row else self._pool_split(features)
-        rows = self._gate_rows(features)  # before the lookup: it finds ids without a row, which fused kernels overwrite
-        pooled = [look_up() for _, look_up in self._lookups(features)]
-        return gate_rows(pooled, self._pieces.table(self._used), rows)
+            return self._pool_by_row(rows, self._gates_of_ids(rows, blocks, gates))
+        if not has_long_bags(rows.features):
+            return self._pool_single(rows, blocks, gates)
+        if self.is_plain and most_cells(self.slots, self._n_blocks) > MOST_CELLS:
+            return self._pool_by_row(rows, self._gates_of_ids(rows, blocks, gates))
+        return self._pool_split(rows, blocks, gates)
 
-    def _formed(self, values: Tensor) -> Tensor:
+    def _formed(self, values: Tensor, gates: Sequence[Tensor]) -> Tensor:
         """Let every table's form make its output: (B, sum of dims)."""
         forms: list[Form] = list(self.forms)  # type: ignore[arg-type]
-        gates = self._used if self.weighs else []
-        if len(self.slots) == len(forms) and not any(gate.dim() == 3 for gate in gates):
-            made = forms[0].together(forms, values, gates)
+        weights = gates if self.weighs else []
+        if len(self.slots) == len(forms) and not any(weight.dim() == 3 for weight in weights):
+            made = forms[0].together(forms, values, weights)
             if made is not None:
                 return made
         widths = [sum(slot.dim for slot in slots) for _, slots in groupby(self.slots, key=lambda slot: slot.table)]
-        return torch.cat([self._form(table, part) for table, part in enumerate(values.split(widths, 1))], 1)
+        parts = enumerate(values.split(widths, 1))
+        return torch.cat([self._form(forms[table], part, weights[table] if weights else None) for table, part in parts], 1)
 
-    def _form(self, table: int, pooled: Tensor) -> Tensor:
+    def _form(self, form: Form, pooled: Tensor, gates: Tensor | None) -> Tensor:
         """Let a table's form make its output of what is pooled, (B, features x W): all its bags at once."""
-        form: Form = self.forms[table]  # type: ignore[assignment]
         bags = pooled.reshape(-1, form.width)
-        if not self.weighs:
+        if gates is None:
             return form(bags).reshape(len(pooled), -1)
-        gates = self._used[table]
         if gates.dim() == 3:
             gates = gates[:, 0].index_select(0, self._groups(len(pooled), len(gates)))
             gates = gates.repeat_interleave(len(bags) // len(pooled), 0)
@@ -363,7 +334,7 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         """Look up; for a search so that no backward reaches a table, and no kernel takes it for a step."""
         if self._candidates is None and not self.counts_always:
             return look_up()
-        with torch.no_grad(), _steps_kept(self.inner):
+        with torch.no_grad(), steps_kept(self.inner):
             return look_up()
 
     def _pooled(self, features: KeyedJaggedTensor) -> Tensor:
@@ -377,94 +348,66 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         columns = columns_of(pooled)
         return torch.cat([columns[slot.key] for slot in self.slots], dim=1)
 
-    def _blocks_of(self, slot: Slot, ids: Tensor) -> Tensor:
-        """Return the block of each id of a slot, (n,)."""
-        assert self._blocks is not None
-        return rows_at(self._blocks.of(slot.table), ids, self.tables[slot.table].name, slot.feature)
+    @property
+    def _n_blocks(self) -> list[int]:
+        return [gates.shape[0] for gates in self._gates]
 
-    def _slot_blocks(self, ids: Mapping[str, Tensor]) -> dict[Slot, Tensor]:
-        """Return for each slot the block of each of its ids, (n,)."""
-        if self._read is None:
-            return {slot: self._blocks_of(slot, ids[slot.feature]) for slot in self.slots}
-        assert self._blocks is not None
-        blocks = self._blocks.whole.index_select(0, self._rows_read(self._read)).split(self._read.counts)
-        return dict(zip(self.slots, blocks, strict=True))
-
-    def _rows_read(self, read: Read) -> Tensor:
-        """Return which of all tables' rows, one table after the other, is read, (n,)."""
-        return read.ids + self._readers.of("starts", read.ids.device).index_select(0, read.reader)
-
-    def _gate_rows(self, features: KeyedJaggedTensor) -> Tensor:
-        """Return the row of the pieces' table that gates each piece of the output, for bags of at most one id."""
-        ids, lengths = ids_of(features), features.lengths().view(len(self._features), -1)
-        of_feature = dict(zip(self._features, lengths, strict=True))
-        blocks = [one_per_bag(of_feature[slot.feature], of_ids) for slot, of_ids in self._slot_blocks(ids).items()]
+    def _pool_single(self, rows: BatchRows, blocks: Mapping[Slot, Tensor], gates: Sequence[Tensor]) -> Tensor:
+        """Pool bags of at most one id, and multiply each by the gate row of its block: (B, sum of dims)."""
+        lengths = rows.features.lengths().view(len(rows.ids), -1)
+        of_feature = dict(zip(rows.ids, lengths, strict=True))
+        of_bags = torch.stack([one_per_bag(of_feature[slot.feature], of_ids) for slot, of_ids in blocks.items()])
+        groups = self._groups(of_bags.shape[1], len(gates[0])) if gates[0].dim() == 3 else None
         assert self._pieces is not None
-        groups = self._groups(len(blocks[0]), len(self._used[0])) if self._used[0].dim() == 3 else None
-        return self._pieces.rows(torch.stack(blocks), groups, len(self._used[0]))
+        pieces = self._pieces.rows(of_bags, groups, len(gates[0]))
+        pooled = [look_up() for _, look_up in self._lookups(rows.features)]
+        return gate_rows(pooled, self._pieces.table(gates), pieces)
 
-    def _pool_split(self, features: KeyedJaggedTensor) -> Tensor:
+    def _pool_split(self, rows: BatchRows, blocks: Mapping[Slot, Tensor], gates: Sequence[Tensor]) -> Tensor:
         """Pool bags of any length, block by block: (B, sum of dims)."""
-        cells, digits, size = self._cells(ids_of(features))
-        split = split_by_cell(features, cells, size)
-        return torch.cat(
-            [self._gated_run(slots, look_up(), split, digits) for slots, look_up in self._lookups(split.features)], 1
-        )
+        cells = Cells.of(blocks, self._n_blocks, self.device)
+        split = split_by_cell(rows.features, cells.of_ids, cells.size)
+        runs = self._lookups(split.features)
+        return torch.cat([self._gated_run(slots, look_up(), split, cells, gates) for slots, look_up in runs], 1)
 
-    def _gated_run(self, slots: Sequence[Slot], pooled: Tensor, split: SplitBags, digits: Mapping[Slot, Tensor]) -> Tensor:
+    def _gated_run(
+        self, slots: Sequence[Slot], pooled: Tensor, split: SplitBags, cells: Cells, gates: Sequence[Tensor]
+    ) -> Tensor:
         """Gate and add up what is pooled per cell, (S x B, sum of the slots' dims)."""
-        pooled = pooled.view(split.counts.shape[1], -1, pooled.shape[1])
+        pooled = pooled.view(cells.size, -1, pooled.shape[1])
         if any(slot.mean for slot in slots):
-            shares = dict(zip(self._features, split.share, strict=True))
-            pooled = pooled * _mean_shares(slots, shares)
-        rows = torch.cat([self._used[slot.table].index_select(-2, digits[slot]) for slot in slots], dim=-1)
+            shares = dict(zip(split.features.keys(), split.share, strict=True))
+            pooled = pooled * mean_shares(slots, shares)
+        rows = torch.cat([gates[slot.table].index_select(-2, cells.blocks[slot]) for slot in slots], dim=-1)
         if rows.dim() == 3:
             rows = rows.index_select(0, self._groups(pooled.shape[1], len(rows))).transpose(0, 1)
             return (pooled * rows).sum(0)
         return gate_cells(pooled, rows, overwrite=isinstance(self.inner, FusedEmbeddingBags))
 
-    def _cells(self, ids: Mapping[str, Tensor]) -> tuple[list[Tensor], dict[Slot, Tensor], int]:
-        """Return the cell of each id per feature; per slot, the block that each of the S cells stands for; and S."""
-        by_feature = {f: [slot for slot in self.slots if slot.feature == f] for f in ids}
-        blocks, size = {slot: self._gates[slot.table].shape[0] for slot in self.slots}, self._most_cells()
-        of_ids = self._slot_blocks(ids)
-        numbers = torch.arange(size, device=self.device)
-        cells, digits = [], {}
-        for slots in by_feature.values():
-            cell, base = of_ids[slots[0]], blocks[slots[0]]
-            digits[slots[0]] = numbers % base
-            for slot in slots[1:]:
-                cell = cell.int() + of_ids[slot].int() * base
-                digits[slot] = (numbers // base) % blocks[slot]
-                base *= blocks[slot]
-            cells.append(cell)
-        return cells, digits, size
+    def _pool_by_row(self, rows: BatchRows, gates: Mapping[Slot, Tensor] | None = None) -> Tensor:
+        """Look up row by row, gate and pool: (B, sum of dims). For what no kernel does, with operations that can be slow.
 
-    def _most_cells(self) -> int:
-        """Return the largest number of cells of any feature: its tables' numbers of blocks multiplied."""
-        cells = dict.fromkeys(self._features, 1)
-        for slot in self.slots:
-            cells[slot.feature] *= self._gates[slot.table].shape[0]
-        return max(cells.values())
-
-    def _pool_by_row(self, features: KeyedJaggedTensor) -> Tensor:
-        """Look up row by row, gate and pool: (B, sum of dims). For what no kernel does, with operations that can be slow."""
-        pooled, bags = [], features.to_dict()
+        Args:
+            rows: of the batch.
+            gates: for each slot the gate row of each id, (n, D), where rows are gated.
+        """
+        pooled, bags = [], rows.features.to_dict()
         for slot in self.slots:
             bag = bags[slot.feature]
-            gates = None if self.weighs else self._gates_of_ids(slot, bag)  # finds ids without a row
-            rows = self._rows(slot.table, bag.values())
+            looked_up = self._rows(slot.table, bag.values())
             weights = bag.weights_or_none() if self.is_weighted() else None
-            pooled.append(_pool(rows if gates is None else rows * gates, bag.lengths().long(), weights, slot.mean))
+            gated = looked_up if gates is None else looked_up * gates[slot]
+            pooled.append(_pool(gated, bag.lengths().long(), weights, slot.mean))
         return torch.cat(pooled, dim=1)
 
-    def _gates_of_ids(self, slot: Slot, bag: JaggedTensor) -> Tensor:
-        """Return the gate row of each id of a slot, (n, D)."""
-        blocks, gates = self._blocks_of(slot, bag.values()).long(), self._used[slot.table]
-        if gates.dim() == 2:
-            return gates.index_select(0, blocks)
-        groups = self._groups(len(bag.lengths()), len(gates))
-        return gates[groups.repeat_interleave(bag.lengths().long()), blocks]
+    def _gates_of_ids(self, rows: BatchRows, blocks: Mapping[Slot, Tensor], gates: Sequence[Tensor]) -> dict[Slot, Tensor]:
+        """Return for each slot the gate row of each id, (n, D)."""
+        if gates[0].dim() == 2:
+            return {slot: gates[slot.table].index_select(0, of_ids.long()) for slot, of_ids in blocks.items()}
+        groups = self._groups(rows.features.stride(), len(gates[0]))
+        bags = rows.features.to_dict()
+        of_ids = {name: groups.repeat_interleave(bag.lengths().long()) for name, bag in bags.items()}
+        return {slot: gates[slot.table][of_ids[slot.feature], block.long()] for slot, block in blocks.items()}
 
     def _rows(self, table: int, ids: Tensor) -> Tensor:
         """Return rows, float32 (n, W): as a virtual weight step moved them, and without the weights that take no part."""
@@ -475,44 +418,6 @@ class SearchableEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             sparse = bool(self.inner.embedding_bags[self.tables[table].name].sparse)
             rows = F.embedding(ids, weight if self._candidates is None else weight.detach(), sparse=sparse)
         return rows.float() * self._kept[table].index_select(0, ids) if self._kept else rows.float()
-
-    def _count(self, features: KeyedJaggedTensor, counts: TableRows) -> None:
-        counts = self.counts = counts.on(features.values().device)
-        if self._read is not None:
-            counts.whole.index_add_(0, self._rows_read(self._read), torch.ones_like(self._read.ids, dtype=counts.whole.dtype))
-            return
-        ids = ids_of(features)
-        for slot in self.slots:
-            of_slot = ids[slot.feature]
-            counts.of(slot.table).index_add_(0, of_slot, torch.ones_like(of_slot, dtype=counts.whole.dtype))
-
-
-def _mean_shares(slots: Sequence[Slot], shares: Mapping[str, Tensor]) -> Tensor:
-    """Per cell, bag and column: the factor that makes a mean over the cell's ids a part of the mean over the bag.
-
-    Args:
-        shares: per feature (S, B).
-
-    Returns:
-        (S, B, sum of dims); one where a table is summed.
-    """
-    columns = [shares[slot.feature] if slot.mean else torch.ones_like(shares[slot.feature]) for slot in slots]
-    repeats = torch.tensor([slot.dim for slot in slots], device=columns[0].device)
-    return torch.stack(columns, dim=-1).repeat_interleave(repeats, dim=-1)
-
-
-@contextmanager
-def _steps_kept(inner: nn.Module) -> Iterator[None]:
-    """Restore the step counters of TBE kernels, which some optimizers (Adam) advance in every forward."""
-    kernels = inner.kernels if isinstance(inner, FusedEmbeddingBags) else inner.modules()
-    counted = [k for k in kernels if isinstance(k, SplitTableBatchedEmbeddingBagsCodegen) and hasattr(k, "iter")]
-    saved = [(k, k.iter.clone(), k.iter_cpu.clone()) for k in counted]
-    try:
-        yield
-    finally:
-        for kernel, steps, steps_cpu in saved:
-            kernel.iter.copy_(steps)
-            kernel.iter_cpu.copy_(steps_cpu)
 
 
 def _pool(rows: Tensor, lengths: Tensor, weights: Tensor | None, mean: bool) -> Tensor:

@@ -15,6 +15,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import embsearch_plugin as es
 from embsearch_plugin.errors import InputError
+from embsearch_plugin.supernet.cells import most_cells
 from embsearch_plugin.supernet.searchable import SearchableEmbeddingBagCollection
 
 
@@ -139,14 +140,14 @@ def test_where_blocks_of_many_tables_multiply_rows_are_gated_one_by_one(name: st
         output = searchable(batch).values()
         (output * torch.linspace(-1, 1, output.shape[1], device=output.device)).sum().backward()
         results.append([output.detach(), *(p.grad.clone() for p in searchable.parameters())])
-    assert searchable._most_cells() > 1
+    assert most_cells(searchable.slots, [len(gates) for gates in searchable.gates]) > 1
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*results, strict=True))
 
 
 def test_cells_that_multiply_cost_no_more_than_rows() -> None:
     tables = tuple((f"t{i}", 500, 8, ("f",), SUM) for i in range(5))
     searchable, _, _ = gated(World(tables, longest_bag=4))
-    assert searchable._most_cells() > 200
+    assert most_cells(searchable.slots, [len(gates) for gates in searchable.gates]) > 200
     assert searchable(World(tables, longest_bag=4).features(16, seed=1)).values().shape == (16, 40)
 
 
