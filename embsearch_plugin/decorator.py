@@ -65,7 +65,8 @@ def prepare(
     Args:
         model: any module that holds a TorchRec EmbeddingBagCollection; its inputs and outputs stay the same.
         algorithm: a name, or a config object such as ``es.Dnis(lr=0.005)``; by default :class:`es.Spectral
-            <embsearch_plugin.algorithms.spectral.Spectral>`, which won most comparisons (docs/results.md).
+            <embsearch_plugin.algorithms.spectral.Spectral>`, which adds a fifth to one training; where others are better,
+            docs/results.md says.
         budget: ``"10%"`` of the original tables' weight bytes, ``es.Budget(bytes="2GiB")``, or ``es.Budget(params=n)``; by
             default 10 %. For a stream it is a cap on the bytes that are held, and there is none by default.
         space: how rows and columns are cut; by default as suits the algorithm.

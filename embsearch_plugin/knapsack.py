@@ -1,7 +1,7 @@
 """The exact knapsack: of each table's options those that are worth most together, within a budget."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import isfinite
@@ -50,6 +50,7 @@ class TableOptions:
         fixed_cost: what storing the table block by block costs besides (its remap); paid once.
         column_cost: what each column that any block keeps costs besides (its row of the projection); the costs of uniform
             options hold that already.
+        falling: whether no block may keep more columns than the one before it.
     """
 
     name: str
@@ -57,6 +58,7 @@ class TableOptions:
     blocks: tuple[tuple[Option, ...], ...] = ()
     fixed_cost: int = 0
     column_cost: int = 0
+    falling: bool = False
 
     @property
     def cheapest(self) -> int:
@@ -84,11 +86,13 @@ class TableOptions:
         left = ceiling - self._cheapest_blocks
         if left < 0:
             return replace(self, uniform=uniform, blocks=())
-        affordable = [
+        affordable: list[Sequence[Option]] = [
             [option for option in block if option.cost - least.cost + self._more_columns(option) <= left]
             for block, least in zip(self.blocks, self._least, strict=True)
         ]
-        return replace(self, uniform=uniform, blocks=tuple(_worthwhile(block, ceiling) for block in affordable))
+        if not self.falling:  # otherwise what is worth nothing in one block may be what lets the next keep more
+            affordable = [_worthwhile(block, ceiling) for block in affordable]
+        return replace(self, uniform=uniform, blocks=tuple(map(tuple, affordable)))
 
     def _more_columns(self, option: Option) -> int:
         """Return what the columns of an option cost beyond those that are paid for in any case."""
@@ -177,7 +181,8 @@ class _Knapsack:
                     utilities += [option.utility for option in options]
         self.costs = np.array(costs, dtype=np.int64)
         self.utilities = np.array(utilities, dtype=np.float64)
-        self.constraints = [*self._one_choice_each(), *self._columns_are_paid()]
+        falling = {(t, w) for t, ways in enumerate(tables) for w, way in enumerate(ways) if way.falling}
+        self.constraints = [*self._one_choice_each(), *self._columns_are_paid(), *self._dims_fall(falling)]
 
     def solve(self, limit: int) -> _Chosen:
         """Return which variables are one in the best choice within ``limit``."""
@@ -236,6 +241,17 @@ class _Knapsack:
                 if dim >= least:
                     rows.add((t, w, block, least), column, 1)
                     rows.add((t, w, block, least), payment, -1)
+        if rows.names:
+            yield LinearConstraint(rows.matrix(), -np.inf, 0)
+
+    def _dims_fall(self, falling: Collection[tuple[int, int]]) -> Iterator[LinearConstraint]:
+        """Per block of such a way: it keeps no more columns than the one before it."""
+        rows = _Rows(len(self.keys))
+        for column, (t, w, block, dim) in enumerate(self.keys):
+            if (t, w) in falling and block >= 0 and dim:
+                rows.add((t, w, block + 1), column, -dim)
+                if block > 0:
+                    rows.add((t, w, block), column, dim)
         if rows.names:
             yield LinearConstraint(rows.matrix(), -np.inf, 0)
 

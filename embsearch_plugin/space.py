@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from itertools import accumulate, pairwise
 from math import isclose
 from numbers import Integral, Real
@@ -48,11 +49,12 @@ class SearchSpace:
     """Embedding blocks: S row blocks by T column chunks.
 
     Args:
-        row_blocks: a number of equal blocks, or the blocks' shares of the rows, most frequent rows first, summing to one.
+        row_blocks: a number of equal blocks, or the blocks' shares of the rows, most frequent rows first, summing to one. By
+            default the rarest half of the rows is a block, half of the others another, and so on: six; of NIS, five equal ones.
         column_chunks: a number of equal chunks (fewer, where a table is too narrow to cut it into so many), or the chunks'
             widths, summing to the table's dim, or their shares of it, summing to one and rounded to multiples of ``align``
             (a chunk that rounds to nothing joins the next). By default the width is halved again and again, down to
-            ``align``: 32 columns are cut into 4, 4, 8 and 16.
+            ``align``: 32 columns are cut into 4, 4, 8 and 16; of NIS, four equal chunks.
         scope: ``"table"`` ranks and cuts the rows of each table; ``"global"`` ranks the rows of all tables in one list
             and cuts that (dnis.txt, 2.3).
         min_block_rows: blocks with fewer rows are merged with their neighbour, so that a tiny table is one block.
@@ -63,7 +65,7 @@ class SearchSpace:
         SpaceError: where shares or widths do not add up.
     """
 
-    row_blocks: RowCut = HALVING
+    row_blocks: RowCut | None = None
     column_chunks: ColumnCut | None = None
     scope: Literal["table", "global"] = "table"
     min_block_rows: int = 16
@@ -121,6 +123,8 @@ class SearchSpace:
     @property
     def shares(self) -> tuple[float, ...]:
         """The blocks' shares of the rows."""
+        if self.row_blocks is None:
+            return HALVING
         if _is_count(self.row_blocks):
             return (1 / index(self.row_blocks),) * index(self.row_blocks)
         return _numbers(self.row_blocks)
@@ -172,7 +176,7 @@ def _is_count(value: object) -> TypeGuard[int]:
 def _numbers(value: object) -> tuple[float, ...]:
     """Return a sequence of numbers as a tuple; an empty one where it is something else."""
     given = tuple(value) if isinstance(value, Sequence) else ()
-    return given if all(isinstance(number, Real) for number in given) else ()
+    return given if all(isinstance(number, Real) and not isinstance(number, bool) for number in given) else ()
 
 
 def _whole(width: object) -> int:
@@ -218,6 +222,13 @@ class RowBlocks:
         blocks = torch.empty_like(ranked)
         blocks[self.order.long()] = ranked
         return blocks
+
+    @cached_property
+    def in_order(self) -> int:
+        """How many leading blocks hold the table's first rows as these stand: where no other row is kept, none is moved."""
+        moved = (self.order != torch.arange(self.order.numel(), device=self.order.device)).nonzero()
+        first = int(moved[0]) if len(moved) else self.order.numel()
+        return sum(end <= first for end in accumulate(self.sizes))
 
     def rows_of(self, block: int) -> Tensor:
         """Return the rows of a block, most frequent first: int32 (sizes[block],)."""

@@ -3,7 +3,7 @@
 import random
 import time
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, product
+from itertools import accumulate, pairwise, product
 
 import pytest
 from hypothesis import given, settings
@@ -20,6 +20,8 @@ def choices(table: TableOptions) -> Iterator[tuple[tuple[int, ...], int, float]]
         yield (option.dim,), option.cost, option.utility
     if table.blocks:
         for chosen in product(*table.blocks):
+            if table.falling and any(after.dim > before.dim for before, after in pairwise(chosen)):
+                continue
             cost = table.fixed_cost + sum(o.cost for o in chosen) + table.column_cost * max(o.dim for o in chosen)
             yield tuple(o.dim for o in chosen), cost, sum(o.utility for o in chosen)
 
@@ -54,8 +56,8 @@ def instances(draw: st.DrawFn, largest: int) -> tuple[list[TableOptions], int]:
         uniform = [Option(d, sum(b[i].cost for b in blocks), sum(b[i].utility for b in blocks)) for i, d in enumerate(dims)]
         fixed = draw(st.sampled_from([0, 1, largest]))
         whole, column = draw(st.booleans()), draw(st.sampled_from([0, 0, 1, largest]))
-        options = (tuple(uniform), (), 0, 0) if whole else (tuple(uniform), tuple(blocks), fixed, column)
-        tables.append(TableOptions(f"t{number}", *options))
+        by_block = (tuple(blocks), fixed, column, draw(st.booleans()))
+        tables.append(TableOptions(f"t{number}", tuple(uniform), *(() if whole else by_block)))
     exact = sum(draw(st.sampled_from(list(choices(table))))[1] for table in tables)
     return tables, draw(st.sampled_from([exact, exact - 1, draw(st.integers(0, 10 * largest))]))
 

@@ -60,6 +60,14 @@ def test_cut_rows(space: SearchSpace, rows: int, sizes: tuple[int, ...]) -> None
     assert space.cut_rows(rows) == sizes
 
 
+@pytest.mark.parametrize(
+    ("order", "in_order"),
+    [([0, 1, 2, 3, 4, 5], 3), ([0, 1, 2, 3, 5, 4], 2), ([0, 1, 3, 2, 4, 5], 1), ([1, 0, 2, 3, 4, 5], 0)],
+)
+def test_leading_blocks_whose_rows_are_not_moved(order: list[int], in_order: int) -> None:
+    assert RowBlocks((2, 2, 2), torch.tensor(order, dtype=torch.int32)).in_order == in_order
+
+
 @given(SHARES, st.integers(1, 500), st.integers(1, 40))
 def test_rows_are_cut_at_the_shares_where_both_sides_are_large_enough(shares: tuple[float, ...], rows: int, least: int) -> None:
     edges, start = [], 0
@@ -75,7 +83,9 @@ def test_rows_are_cut_at_the_shares_where_both_sides_are_large_enough(shares: tu
     assert len(sizes) == 1 or min(sizes) >= least
 
 
-@pytest.mark.parametrize("row_blocks", [0, -3, True, False, 6.0, None, (), (0.5, 0.4), (0.6, 0.6, -0.2), (float("nan"), 1.0)])
+@pytest.mark.parametrize(
+    "row_blocks", [0, -3, True, False, 6.0, (), (True,), (0.5, 0.4), (0.6, 0.6, -0.2), (float("nan"), 1.0)]
+)
 def test_row_blocks_that_make_no_sense(row_blocks: Any) -> None:
     with pytest.raises(SpaceError, match="row_blocks must be a positive number of blocks, or positive shares that sum to 1"):
         SearchSpace(row_blocks=row_blocks)
@@ -151,6 +161,7 @@ def test_default_chunks_are_aligned_and_the_largest_is_half(dim: int, align: int
         (-2, "got -2"),
         (True, "got True"),
         (2.0, "got 2.0"),
+        ((True, 15), r"a positive number of chunks, widths or shares; got \(True, 15\)"),
         ((4, 8), r"must be positive and sum to the table's dim 16; got \(4, 8\) \(sum 12\)"),
         ((20, -4), r"must be positive and sum to the table's dim 16; got \(20, -4\)"),
         ((), r"a positive number of chunks, widths or shares; got \(\)"),

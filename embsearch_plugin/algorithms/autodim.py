@@ -21,6 +21,8 @@ projection, as those of a search by ``transform="linear"`` always do, and it is 
 Differences from the paper:
     * Candidates are transformed to the table's width D, where the paper has d_N, the largest candidate. The network is the
       user's and stays as it is, in retraining too; there the paper narrows its first layer.
+    * Eq. 1 has a fully connected layer for each dim; ``transform="linear"`` has them for each table, as III.H has.
+    * Algorithm 1 begins with a step of alpha; here the first follows ``every`` weight steps.
     * Candidates that are wider than a table are left out for it. Where all are, it keeps its dim, with neither batch norm nor
       bias: the weights per id of a factorization machine or of Wide&Deep, for instance.
     * A dim is stored, and counted, as the next multiple of the space's ``align``. The largest candidate that is stored in so

@@ -14,6 +14,9 @@ Differences from the paper:
       of its merged weights: keeping the largest elements of a matrix, Eq. 9, is keeping most of its energy. The columns of a
       table share one order of worth, so that each block keeps a prefix of it.
     * ``fine_grained=True`` is Eq. 9 itself, with compressed sparse rows in place of COO: their indices are smaller.
+    * Alpha rests for the first ``warm_up`` weight steps, while rows are counted to be ranked, and stops by ``patience`` of its
+      own; Algorithm 1 has neither, and ends when the validation loss has converged.
+    * In runs the pruned model is trained on (fine-tuned); there it is what the search left (2.5).
     * Second-order gradients (Eq. 7) differentiate the virtual step exactly, where DARTS takes finite differences; ``xi`` is
       a plain SGD step there whatever optimizer the user has, as in Eq. 6.
 """

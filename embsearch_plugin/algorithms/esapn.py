@@ -15,6 +15,8 @@ the action. The expectation of Eq. 6 is then zero: the policy moves by the noise
 authors' code batch norm is applied to the ids of each size by themselves, which tells the actions apart a little.
 
 Differences from the paper:
+    * Rows learn at ``row_lr`` = 0.01, where the paper has 0.001 for all (3.2); see
+      :class:`~embsearch_plugin.streaming.base.StreamConfig`.
     * Frequencies above ``frequencies`` count as that; each has an embedding of 32 numbers, as in the authors' code.
     * Ids of the largest size have no action, and teach nothing. With fewer than T losses, the mean is over those there are.
     * An id that comes several times in a batch is counted each time, grows once, and puts the mean of its losses in its queue.

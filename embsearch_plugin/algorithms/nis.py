@@ -14,6 +14,11 @@ Pooling before projecting is exact: a sum of projected rows is the projected sum
 Differences from the paper:
     * Projections start as the identity, so that a search starts as the model would without it. How the paper draws them it
       does not say (A.2.1: "all weights, including hidden layer weights and embedding matrices", Gaussian).
+    * Rows are ranked by the ids that training has looked up until then, when the search starts and again whenever the number of
+      steps has doubled; the paper sorts the vocabulary once, by the whole log (3.1, A.1.1), which is ``frequencies=``. What an
+      arm keeps changes a little with the ranks.
+    * A controller step runs the model in the mode that it is in, that of training: its dropout draws, and batch norm has the
+      statistics of all groups of the batch together. The paper's models have neither.
     * C and B are bytes or parameters, as the session's budget is. C is the blocks' weights alone, as there. A derived plan
       pays for projections and remaps too; a table that is kept whole is stored projected, and has no projection.
     * Advantage actor-critic in step: A3C without its asynchronous workers. Processes that train together average their
@@ -78,7 +83,7 @@ class Nis(SearchConfig):
         penalty: lambda, how much R_Q must gain to be worth going over the budget by once the budget.
         lr: learning rate of Adagrad, for the controller and its baseline.
         group: validation examples that share a choice. A whole batch shares one where its examples share looked-up bags, as of
-            common negatives. How many groups a batch has is seen at the first; in larger ones, groups share choices in turn.
+            common negatives. In a batch larger than any before, groups share choices in turn.
         score_batches: validation batches on which ``derive`` scores every candidate; in a recipe that ranks items they are of
             ``group`` examples.
     """
@@ -123,12 +128,11 @@ class Nis(SearchConfig):
     def space(self, given: SearchSpace | None) -> SearchSpace:
         """Return five equal row blocks by four equal column chunks (4.1.3), where the user asked for no others.
 
-        What a given space has of the default of :class:`SearchSpace` counts as not asked for. Fewer, where a table is too small
-        for the space's ``min_block_rows`` or too narrow for its ``align``; chunks that are not quite equal, where its width
-        cannot be cut into four.
+        Fewer, where a table is too small for the space's ``min_block_rows`` or too narrow for its ``align``; chunks that are
+        not quite equal, where its width cannot be cut into four.
         """
         others = given or SearchSpace()
-        rows = (0.2,) * 5 if others.row_blocks == SearchSpace.row_blocks else others.row_blocks
+        rows = (0.2,) * 5 if others.row_blocks is None else others.row_blocks
         columns = (0.25,) * 4 if others.column_chunks is None else others.column_chunks
         return replace(others, row_blocks=rows, column_chunks=columns)
 
@@ -148,7 +152,7 @@ class NisSearch:
         self.config = config
         self.controller: Controller | None = None
         self.generator = torch.Generator()
-        self.groups = 0  # of a validation batch; 0 where none was seen
+        self.groups = 0  # of the largest validation batch until now
         self.skipped = 0  # groups of one class until now
         self._known: tuple[object, BlockChoices] | None = None
 
@@ -175,9 +179,11 @@ class NisSearch:
         drawn = self.controller.draw(self.groups, self.generator)
         heights = choices.heights(drawn)
         outcome = session.probe.evaluate(batch, choices.gates(heights), config.group)
+        groups = self.groups
+        self.groups = max(groups, session.probe.groups_of(outcome, config.group))
         limit = max(session.budget.limit(session.original_bytes), 1)  # a share of tiny tables may be less than a byte
         cost = choices.cost(heights, session.budget.unit) / limit
-        quality = self._qualities(outcome).to(drawn.device)
+        quality = self._qualities(outcome, groups).to(drawn.device)
         told, reward = ~quality.isnan(), quality - config.penalty * (cost - 1).clamp(min=0)
         self.controller.learn(drawn[told], reward[told])
         session.set_gates(choices.mean_gates(self.controller.probabilities()))
@@ -198,7 +204,8 @@ class NisSearch:
         else:
             reference = choices.mean_gates(self.controller.probabilities())
             scores = losses(session, reference, list(choices.alternatives(reference)), self.config.score_batches)
-            chosen = choices.best([-loss for loss in scores], budget.limit(session.original_bytes), budget.unit)
+            worths, in_order = [-loss for loss in scores], [table.blocks.in_order for table in session.tables]
+            chosen = choices.best(worths, budget.limit(session.original_bytes), budget.unit, in_order)
         by_table = zip(choices.tables, choices.heights(chosen), session.tables, strict=True)
         plans = [blocks.plan(heights.cpu(), table.blocks) for blocks, heights, table in by_table]
         return SizePlan(tuple(plans), session.space.align)
@@ -215,8 +222,8 @@ class NisSearch:
             self._known = cut, BlockChoices.of(session, self.config.mode)
         return self._known[1]
 
-    def _qualities(self, outcome: "Outcome") -> Tensor:
-        """Return R_Q of each group, (N,); NaN where a group has no examples, or no AUC."""
+    def _qualities(self, outcome: "Outcome", groups: int) -> Tensor:
+        """Return R_Q of the examples that share a choice, (N,); NaN where there are none, or they have no AUC."""
         loss = float(outcome.loss.detach())
         if not math.isfinite(loss):
             raise NonFiniteLoss(f"the validation loss must be a number; got {loss}. The controller is as before.")
@@ -229,8 +236,8 @@ class NisSearch:
                 f"the logits must be numbers; of {logits.numel()}, {missing} are NaN. The controller is as before.\n  Possible "
                 "solution: look for NaN in the data, or in what objective= returns."
             )
-        group = (torch.arange(len(logits), device=logits.device) // config.group) % self.groups
-        measure, found = quality_of(config.quality), [math.nan] * self.groups
+        group = (torch.arange(len(logits), device=logits.device) // config.group) % groups
+        measure, found = quality_of(config.quality), [math.nan] * groups
         for index in group.unique().tolist():
             mine = group == index
             if config.quality == "auc" and one_class(labels[mine]):

@@ -132,12 +132,13 @@ class SpectralSearch:
         align = session.space.align
         bases = self._bases(session)
         if budget is None:
-            all_rotated = [_way(basis, session.space, rotated=True) for basis in bases]
+            all_rotated = [_columns(basis, session.space, rotated=True) for basis in bases]
             return SizePlan(tuple(each.plan(_within(each, self.config.tolerance)) for each in all_rotated), align)
-        pairs = [[_way(basis, session.space, rotated=rotated) for rotated in (False, True)] for basis in bases]
-        options = [[way.options(budget.unit) for way in pair] for pair in pairs]
+        columns = [[_columns(basis, session.space, rotated=rotated) for rotated in (False, True)] for basis in bases]
+        ways = [[(each, way) for each in pair for way in each.ways(budget.unit)] for pair in columns]
+        options = [[way for _, way in of_table] for of_table in ways]
         chosen = allocate_among(options, budget.limit(session.original_bytes), budget.unit)
-        return SizePlan(tuple(pair[way].plan(dims) for pair, (way, dims) in zip(pairs, chosen, strict=True)), align)
+        return SizePlan(tuple(of_table[way][0].plan(dims) for of_table, (way, dims) in zip(ways, chosen, strict=True)), align)
 
     @hookimpl
     def embsearch_fold(self, session: "Session", plan: SizePlan) -> Sequence[Fold]:
@@ -230,8 +231,8 @@ class _Basis:
         return squares.new_zeros(len(self.table.blocks.sizes), rows.shape[1]).index_add_(0, lookup, squares)
 
 
-def _way(basis: _Basis, space: SearchSpace, *, rotated: bool) -> Prefixes:
-    """Return a way to store a table: by its own columns, or by rotated ones."""
+def _columns(basis: _Basis, space: SearchSpace, *, rotated: bool) -> Prefixes:
+    """Return the columns to store a table by: its own, or rotated ones."""
     worth = basis.rotated_worth if rotated else basis.own_worth
     return Prefixes(basis.table, worth, space.of(basis.table.spec).dims(basis.table.spec.dim), projection=rotated)
 

@@ -53,11 +53,15 @@ class Probe:
             return outcome_of(self._objective, self._model, batch)
 
     def groups_in(self, batch: Any, size: int) -> int:
-        """Return how many groups of ``size`` examples a batch has, over processes the mean; takes a forward pass.
+        """Return what :meth:`groups_of` says of a batch; takes a forward pass."""
+        return self.groups_of(self.evaluate(batch, self._tables.gates), size)
+
+    def groups_of(self, outcome: Outcome, size: int) -> int:
+        """Return how many groups of ``size`` examples the batch had that was evaluated last, over processes the mean.
 
         It is one where examples share looked-up bags (negatives of the whole batch, say): then all have the same gates.
         """
-        examples = len(self.evaluate(batch, self._tables.gates).logits)
+        examples = len(outcome.logits)
         alone = all(supernet.bags == examples for supernet in self._tables.supernets)
         groups = torch.tensor(math.ceil(examples / size) if alone else 1, dtype=torch.float64, device=self._tables.device)
         return math.ceil(float(distributed.mean([groups])[0]))

@@ -18,9 +18,12 @@ from embsearch_plugin.algorithms.parts.scoring import losses
 from embsearch_plugin.algorithms.parts.selection import temperature
 from embsearch_plugin.bench.workload import FUSED
 from embsearch_plugin.collection import Table
+from embsearch_plugin.data.dataset import Collate, Field, Schema
 from embsearch_plugin.errors import BudgetError, PlanError, SpaceError
+from embsearch_plugin.models.fm import Fm
 from embsearch_plugin.plan import Block, SizePlan, TablePlan
 from embsearch_plugin.search.session import Session
+from embsearch_plugin.tasks import CLICK
 
 VARIANTS = [{"lookup": lookup, "transform": t} for lookup, t in product(("shared", "separate"), ("padding", "linear"))]
 variants = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(v.values()))
@@ -176,6 +179,38 @@ def test_alpha_follows_adam_along_the_validation_gradient() -> None:
         assert torch.allclose(search.vectors, twin.vectors, atol=1e-6)
 
 
+searches = pytest.mark.parametrize("algorithm", [es.AutoDim, es.Sam])
+
+
+@searches
+@pytest.mark.parametrize("every", [2, 3])
+def test_alpha_takes_a_step_after_so_many_weight_steps(algorithm: Any, every: int) -> None:
+    model, session, optimizer = searched(PLAIN, 1, algorithm=algorithm(every=every))
+    search, steps = session.algorithm, []
+    for step in range(2, 8):
+        before = search.vectors.detach().clone()
+        train(model, optimizer, [PLAIN.batch(seed=step)])
+        if not torch.equal(search.vectors, before):
+            steps.append(step)
+    assert steps == list(range(every, 8, every))
+
+
+@pytest.mark.parametrize(("algorithm", "training"), [(es.AutoDim, False), (es.Sam, True)])
+def test_autodims_alpha_learns_from_validation_batches_and_sams_from_training_batches(algorithm: Any, training: bool) -> None:
+    """Algorithm 1 and III.D. The model's weights stand still: AutoDim would see the training batches through them."""
+
+    def alpha(of_training: int, of_validation: int) -> Tensor:
+        model = task(PLAIN)
+        session = es.prepare(model, algorithm=algorithm(every=1))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        session.attach(optimizer, validation=[PLAIN.batch(seed=900 + of_validation)])
+        train(model, optimizer, [PLAIN.batch(seed=of_training)] * 3)
+        return session.algorithm.alpha.detach()
+
+    assert torch.equal(alpha(0, 0), alpha(1, 0)) == (not training)
+    assert torch.equal(alpha(0, 0), alpha(0, 1)) == training
+
+
 def test_weight_steps_have_samples_of_their_steps_temperature() -> None:
     """Line 5 of Algorithm 1, with Eq. 6 at the temperature of III.B."""
     model, session, _ = autodim(PLAIN, steps=40)
@@ -301,6 +336,14 @@ def plan_of(session: Session, dims: list[int]) -> SizePlan:
     return SizePlan(tuple(plans), session.space.align)
 
 
+def gate_as(session: Session, plan: SizePlan) -> None:
+    """Let through what a plan keeps: the largest candidate that is stored in as many columns."""
+    forms = [session.form(table) for table in range(len(session.specs))]
+    pairs = zip(forms, plan.tables, strict=True)
+    largest = [max(n for n, c in enumerate(form.candidates) if c.stored == table.width) for form, table in pairs]
+    session.set_gates([torch.eye(form.n_gates)[[number]] for form, number in zip(forms, largest, strict=True)])
+
+
 @variants
 @pytest.mark.parametrize("world", ["wide", *WORLDS])
 @pytest.mark.parametrize("align", [1, 4])
@@ -308,12 +351,9 @@ def test_the_compact_model_equals_the_gated_one_in_evaluation(variant: dict[str,
     """Whatever candidate is chosen; with bags of any length, the empty ones among them."""
     where = WIDE if world == "wide" else WORLDS[world]
     model, session, _ = autodim(where, align, **variant)
-    forms = [session.form(table) for table in range(len(session.specs))]
-    stored = [sorted({c.stored for c in form.candidates}) for form in forms]
-    dims = [widths[table % len(widths)] for table, widths in enumerate(stored)]
-    largest = [max(n for n, c in enumerate(f.candidates) if c.stored == dim) for f, dim in zip(forms, dims, strict=True)]
-    session.set_gates([torch.eye(form.n_gates)[[number]] for form, number in zip(forms, largest, strict=True)])
-    batch, plan = where.batch(50, seed=3), plan_of(session, dims)
+    stored = [sorted({c.stored for c in session.form(table).candidates}) for table in range(len(session.specs))]
+    batch, plan = where.batch(50, seed=3), plan_of(session, [widths[t % len(widths)] for t, widths in enumerate(stored)])
+    gate_as(session, plan)
     expected = model.eval().collection(batch.sparse_features).values(), model(batch)[1][1]
     session.compact(plan)
     tolerance = 1e-3 if world == "half" else 1e-5
@@ -333,9 +373,10 @@ def test_what_is_compacted_trains_on_in_every_stored_column(variant: dict[str, A
         assert bool((value != before[name]).any(0).all()), name
 
 
-def test_without_a_budget_the_largest_alpha_decides() -> None:
+@searches
+def test_without_a_budget_the_largest_alpha_decides(algorithm: Any) -> None:
     """Eq. 13."""
-    _, session, _ = autodim(ONE_EACH)
+    _, session, _ = searched(ONE_EACH, algorithm=algorithm(every=2), space=es.SearchSpace(align=1))
     session.algorithm._set_vectors(torch.tensor([[0, 0, 3, 0, 2.0], [0, 0, 0, 0, 1.0], [1.0, 2, *[-torch.inf] * 3]]))
     assert [plan.width for plan in session.derive(strict=False).tables] == [6, 10, 4]
 
@@ -452,18 +493,14 @@ def test_tables_that_are_all_narrower_than_every_candidate_leave_nothing_to_sear
     assert type(model.collection) is EmbeddingBagCollection
 
 
-@pytest.mark.parametrize("algorithm", [es.AutoDim, es.Sam])
+@searches
 def test_a_padded_search_may_end_in_linear_maps(algorithm: Any) -> None:
     """III.H: the plan's tables have a map each, which starts as the padding it takes the place of, and is trained."""
     model, session, optimizer = searched(ONE_EACH, algorithm=algorithm(candidates=(2, 4, 6), maps=True, every=1))
     plan = session.derive("70%")
     assert all(table.projection and table.bias for table in plan.tables)
     features = ONE_EACH.features(40, seed=3)
-    numbers = [
-        max(n for n, c in enumerate(session.form(t).candidates) if c.stored == table.width)
-        for t, table in enumerate(plan.tables)
-    ]
-    session.set_gates([torch.eye(session.form(t).n_gates)[[n]] for t, n in enumerate(numbers)])
+    gate_as(session, plan)
     expected = model.eval().collection(features).values()
     session.compact(plan)
     assert relative_error(model.collection(features).values(), expected) <= 1e-5
@@ -472,6 +509,26 @@ def test_a_padded_search_may_end_in_linear_maps(algorithm: Any) -> None:
     before = [p.detach().clone() for p in maps]
     train(model.train(), optimizer, [ONE_EACH.batch(seed=20)])
     assert len(maps) == 3 and not any(torch.equal(a, b) for a, b in zip(before, maps, strict=True))
+
+
+@searches
+def test_a_factorization_machine_has_maps_of_its_factors_alone(algorithm: Any) -> None:
+    """III.H is for these: all factors have one width. Weights per id, of dim 1, have no candidates, and stay as they are."""
+    schema = Schema((Field("user", 60), Field("movie", 40)), (), ("movie",), CLICK)
+    torch.manual_seed(0)
+    collate, model = Collate(schema, 32), Fm(8).build(schema)
+    batches = [collate(torch.zeros(32, 0), torch.randint(40, (32, 2)), torch.randint(2, (32,)).float()) for _ in range(8)]
+    session = es.prepare(model, algorithm=algorithm(candidates=(2, 4), maps=True, every=1), space=es.SearchSpace(align=1))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    session.attach(optimizer, validation=batches[:1])
+    train(model, optimizer, batches[1:])
+    plan = session.derive("70%")
+    assert [(t.table.dim, t.projection, t.bias) for t in plan.tables] == [(8, True, True)] * 2 + [(1, False, False)] * 2
+    gate_as(session, plan)
+    expected = model.eval()(batches[0])[1][1]
+    session.compact(plan)
+    assert relative_error(model(batches[0])[1][1], expected) <= 1e-5
+    assert stored_bytes(model) == plan.size_bytes
 
 
 def test_the_defaults_are_the_papers() -> None:
@@ -490,9 +547,7 @@ def test_fused_tables_of_another_width_are_searched_and_compacted(variant: dict[
     session.attach(optimizer, validation=[wide.batch(seed=900)])
     train(model, optimizer, (wide.batch(seed=seed) for seed in range(8)))
     plan = session.derive("60%")
-    chosen = [(session.form(t), table.width) for t, table in enumerate(plan.tables)]
-    largest = [max(n for n, c in enumerate(form.candidates) if c.stored == width) for form, width in chosen]
-    session.set_gates([torch.eye(form.n_gates)[[n]] for (form, _), n in zip(chosen, largest, strict=True)])
+    gate_as(session, plan)
     features = wide.features(40, seed=3)
     expected = model.eval().collection(features).values()
     session.compact(plan)

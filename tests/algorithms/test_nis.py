@@ -18,6 +18,7 @@ from embsearch_plugin.algorithms.parts.embedding_blocks import EmbeddingBlocks, 
 from embsearch_plugin.algorithms.parts.quality import quality_of
 from embsearch_plugin.collection import Table
 from embsearch_plugin.costs import Unit
+from embsearch_plugin.errors import QualityError
 from embsearch_plugin.files import read_state, write_state
 from embsearch_plugin.plan import TablePlan
 from embsearch_plugin.search.session import Session
@@ -167,6 +168,39 @@ def test_a_choice_is_shared_by_a_group_of_examples(monkeypatch: pytest.MonkeyPat
     for number in range(4):
         alone = original(batch, [gate[number] for gate in gates]).logits
         torch.testing.assert_close(outcome.logits[8 * number : 8 * number + 8], alone[8 * number : 8 * number + 8])
+
+
+def test_a_batch_larger_than_any_before_shares_its_choices_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once: the next one of that size has a choice for each group."""
+    _, session, _ = nis(group=8)
+    drawn, algorithm = [], session.algorithm
+    learn = algorithm.controller.learn
+    monkeypatch.setattr(
+        algorithm.controller, "learn", lambda choices, reward: drawn.append(len(choices)) or learn(choices, reward)
+    )
+    algorithm.groups = 0
+    algorithm.config = es.Nis(group=8, quality=lambda logits, labels: labels.sum())
+    for size in (8, 64, 64, 16, 64):
+        session.step(PLAIN.batch(size, seed=73))
+    assert drawn == [1, 1, 8, 2, 8]
+
+
+@pytest.mark.parametrize(("label", "shown"), [(5.0, "5.0"), (-1.0, "-1.0"), (math.nan, "nan")])
+def test_labels_that_are_not_of_two_classes_have_no_auc(label: float, shown: str) -> None:
+    _, session, _ = nis(group=8)
+    batch = PLAIN.batch(32, seed=74)
+    batch.labels[3] = label
+    logits = session.algorithm.controller.logits.detach().clone()
+    session.probe._objective = without_loss
+    with pytest.raises(QualityError, match=rf"needs labels from 0 to 1, .* got {shown}\.\n .* quality='mse' for ratings"):
+        session.step(batch)
+    assert torch.equal(session.algorithm.controller.logits, logits)
+
+
+def without_loss(model: Task, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits and labels, and a loss that is a number whatever the labels are."""
+    _, (_, logits, labels) = model(batch)
+    return logits.square().mean(), logits, labels
 
 
 def test_the_reward_is_quality_minus_what_is_over_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -405,15 +439,16 @@ class Additive(nn.Module):
 
 
 @pytest.mark.parametrize("mode", ["se", "me"])
-@pytest.mark.parametrize("budget", [es.Budget.of("80%"), es.Budget.of("35%"), es.Budget(params=1500)])
-def test_the_plan_has_the_smallest_loss_of_all_that_fit(mode: Any, budget: es.Budget) -> None:
+@pytest.mark.parametrize("budget", [es.Budget.of("80%"), es.Budget.of("35%"), es.Budget.of("10%"), es.Budget(params=1500)])
+@pytest.mark.parametrize("ranked", [False, True])
+def test_the_plan_has_the_smallest_loss_of_all_that_fit(mode: Any, budget: es.Budget, ranked: bool) -> None:
     """By brute force over all plans: every one is built, and its bytes and its loss are taken."""
     torch.manual_seed(7)
     model = Additive(PLAIN.collection())
     with torch.no_grad():
         for weight in model.parameters():
             weight.uniform_(-0.2, 0.3)
-    counts = {"t0": torch.randperm(200), "t1": torch.randperm(300)}
+    counts = {"t0": torch.randperm(200), "t1": torch.arange(300, 0, -1) if ranked else torch.randperm(300)}
     space = es.SearchSpace(row_blocks=(0.3, 0.7), column_chunks=(4, 4))
     session = es.prepare(model, algorithm=es.Nis(mode=mode, warm_up=0), space=space, frequencies=counts)
     batch = PLAIN.batch(256, seed=5)

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 import pytest
 import torch
-from support import PLAIN, SEARCHES, WORLDS, searched
+from support import PLAIN, SEARCHES, SUM, WORLDS, World, searched
 
 import embsearch_plugin as es
 from embsearch_plugin.algorithms.base import SearchConfig
@@ -173,6 +173,18 @@ def test_a_temperature_of_zero_is_uniform_and_a_higher_one_gives_frequent_rows_m
         assert session.derive().size_bytes <= 0.6 * session.original_bytes
         widest.append(dims_of(session)[0][0] / dims_of(session)[0][-1])
     assert widest == sorted(widest) and widest[-1] > widest[0]
+
+
+@pytest.mark.parametrize("temperature", [0.25, 0.5])
+def test_dims_follow_a_power_of_the_popularity(temperature: float) -> None:
+    """d = lambda * p ** alpha, to the nearest column: of 16 times the lookups come 16 ** alpha times the columns."""
+    wide = World((("t0", 50, 64, ("f0",), SUM), ("t1", 50, 64, ("f1",), SUM)))
+    counts = {"t0": torch.full((50,), 16), "t1": torch.full((50,), 1)}
+    config = es.Mde(temperature=temperature, blocks=1, warm_up=1)
+    session = searched(wide, steps=2, algorithm=config, budget="50%", space=es.SearchSpace(align=1), frequencies=counts)[1]
+    (often, *_), (rarely, *_) = dims_of(session)
+    assert 20 < often < 64
+    assert rarely == pytest.approx(often / 16**temperature, abs=1)
 
 
 def test_sixteen_settings_as_far_as_the_space_tells_them_apart() -> None:

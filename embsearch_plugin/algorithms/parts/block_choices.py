@@ -114,20 +114,21 @@ class BlockChoices:
                 for heights in arms:
                     yield index, torch.where(decided, table.gates(heights), reference[index])
 
-    def best(self, worths: Sequence[float], limit: int, unit: Unit) -> Tensor:
+    def best(self, worths: Sequence[float], limit: int, unit: Unit, in_order: Sequence[int]) -> Tensor:
         """Return the arms, int64 (choices,), whose worths sum to most within ``limit``, remaps and projections paid.
 
         Args:
             worths: of all arms, in the order of :meth:`alternatives`.
             limit: in ``unit``.
             unit: as the budget's.
+            in_order: of each table, how many leading row blocks hold rows that stand in order.
 
         Raises:
             AllocationError: where it could not be solved.
         """
         parts = torch.tensor(worths, dtype=torch.float64).split([menu.shape[0] * menu.shape[1] for menu in self.menus])
-        by_table = zip(self.tables, self.menus, parts, strict=True)
-        offers = [table.ways(menu.cpu(), worth.view(menu.shape[:2]), unit) for table, menu, worth in by_table]
+        by_table = zip(self.tables, self.menus, parts, in_order, strict=True)
+        offers = [t.ways(menu.cpu(), worth.view(menu.shape[:2]), unit, ordered) for t, menu, worth, ordered in by_table]
         found = allocate_among(offers, limit, unit)
         chosen = [torch.tensor(arms).expand(len(menu)) for (_, arms), menu in zip(found, self.menus, strict=True)]
         return torch.cat(chosen).to(self.menus[0].device)

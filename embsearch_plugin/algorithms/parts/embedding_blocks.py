@@ -68,27 +68,31 @@ class EmbeddingBlocks:
         rows = torch.tensor([0, *accumulate(self.rows)], device=heights.device)
         return (rows[heights] * torch.tensor(self.widths, device=heights.device)).sum(-1)
 
-    def ways(self, arms: Tensor, worth: Tensor, unit: Unit) -> list[TableOptions]:
+    def ways(self, arms: Tensor, worth: Tensor, unit: Unit, in_order: int) -> list[TableOptions]:
         """Offer every arm of every choice, in the ways in which a table can be stored.
 
         One that keeps nothing is free, and one that keeps everything is stored projected. Others pay their rows of the
-        projection, and a remap besides, unless each chunk keeps all rows or none.
+        projection, and a remap besides, unless each chunk keeps all rows or none, or all rows that are kept stand in order.
 
         Args:
             arms: (choices, arms, T), the menu.
             worth: (choices, arms), what each is worth.
             unit: what costs are counted in, as the budget's.
+            in_order: how many leading blocks hold rows that stand in order.
         """
         options = [
             [Option(arm, *pair) for arm, pair in enumerate(zip(costs, values, strict=True))]
             for costs, values in zip(self._costs(arms, unit).tolist(), worth.tolist(), strict=True)
         ]
-        whole = ((arms == 0) | (arms == len(self.rows))).all(-1).tolist()
-        unmapped = tuple(tuple(o for o in each if keep[o.dim]) for each, keep in zip(options, whole, strict=True))
         last, size = arms.shape[1] - 1, unit.weights(self.spec, self.spec.n_params)
         ends = Option(0, 0, float(worth[:, 0].sum())), Option(last, size, float(worth[:, last].sum()))
-        ways = [TableOptions(str(self.spec), ends, unmapped)]
-        if len(self.rows) > 1:
+        rows = torch.tensor([0, *accumulate(self.rows)])[arms]
+        unmapped = [((rows == 0) | (rows == self.spec.rows)).all(-1), (arms <= in_order).all(-1)]
+        ways = [TableOptions(str(self.spec), ends)]
+        for free in unmapped:
+            kept = zip(options, free.tolist(), strict=True)
+            ways.append(TableOptions(str(self.spec), (), tuple(tuple(o for o in each if f[o.dim]) for each, f in kept)))
+        if not any(bool(free.all()) for free in unmapped):
             ways.append(TableOptions(str(self.spec), (), tuple(map(tuple, options)), unit.remap(self.spec)))
         return ways
 

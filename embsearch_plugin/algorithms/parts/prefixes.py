@@ -1,6 +1,7 @@
 """A table whose row blocks each keep the first of its columns, in one order: what that costs, and is worth."""
 
 from collections.abc import Sequence
+from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,18 +38,35 @@ class Prefixes:
         )
         self.worth = worth[:, self.order]
 
-    def options(self, unit: Unit) -> TableOptions:
-        """Return what the table may cost, and what it is worth then."""
-        spec, sizes = self.table.spec, self.table.blocks.sizes
-        blocks = [self._options(worth, size, unit) for worth, size in zip(self.worth, sizes, strict=True)]
-        placement = 0 if self.projection else unit.placement(spec)
+    def ways(self, unit: Unit) -> list[TableOptions]:
+        """Return the ways to store the table, what it costs in each, and what it is worth then.
+
+        It is stored as one block, or block by block. Then a remap is paid, unless rows stay where they are, and the columns'
+        places are, unless every block keeps all columns or none.
+        """
+        spec, blocks = self.table.spec, self.table.blocks
+        natural = self.projection or self.order == list(range(spec.dim))
+        placement = 0 if natural else unit.placement(spec)
         column = unit.projected_column(spec) if self.projection else 0
         uniform = [
             Option(o.dim, o.cost + column * o.dim + (placement if o.dim not in (0, spec.dim) else 0), o.utility)
-            for o in self._options(self.worth.sum(0), sum(sizes), unit)
+            for o in self._options(self.worth.sum(0), sum(blocks.sizes), unit)
         ]
-        fixed = unit.remap(spec) + placement
-        return TableOptions(str(spec), tuple(uniform), tuple(blocks) if len(blocks) > 1 else (), fixed, column)
+        ways = [TableOptions(str(spec), tuple(uniform))]
+        if len(blocks.sizes) == 1:
+            return ways
+        of_blocks = [self._options(worth, size, unit) for worth, size in zip(self.worth, blocks.sizes, strict=True)]
+        remap = unit.remap(spec)
+        orders = [(len(of_blocks), False)]  # how many leading blocks may keep columns, and whether their dims must fall
+        if remap and blocks.in_order:
+            orders.append((blocks.in_order, True))
+        menus = [self.dims, (0, spec.dim)] if placement else [self.dims]
+        for (leading, falling), menu in product(orders, menus):
+            kept = [menu] * leading + [(0,)] * (len(of_blocks) - leading)
+            options = [tuple(o for o in each if o.dim in dims) for each, dims in zip(of_blocks, kept, strict=True)]
+            fixed = (0 if falling else remap) + (placement if menu is self.dims else 0)
+            ways.append(TableOptions(str(spec), (), tuple(options), fixed, column, falling))
+        return ways
 
     def _options(self, worth: Tensor, rows: int, unit: Unit) -> tuple[Option, ...]:
         kept = torch.nn.functional.pad(worth.cumsum(0), (1, 0)).tolist()

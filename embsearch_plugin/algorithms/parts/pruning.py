@@ -14,7 +14,7 @@ from embsearch_plugin.algorithms.parts.prefixes import Prefixes
 from embsearch_plugin.budget import Budget
 from embsearch_plugin.costs import Unit
 from embsearch_plugin.errors import AllocationError, BudgetError
-from embsearch_plugin.knapsack import allocate
+from embsearch_plugin.knapsack import allocate_among
 from embsearch_plugin.plan import SizePlan, TablePlan
 from embsearch_plugin.space import SearchSpace
 
@@ -77,7 +77,7 @@ def _pairs_of(tables: Sequence["SearchTable"], energies: Sequence[Tensor], space
 def _largest(candidates: Sequence[Prefixes], budget: Budget) -> list[tuple[int, ...]]:
     """Allocate dims, per table one for all blocks or one for each, that keep the most energy within the budget."""
     limit = budget.limit(sum(pairs.table.spec.size_bytes for pairs in candidates))
-    return allocate([pairs.options(budget.unit) for pairs in candidates], limit, budget.unit)
+    return [dims for _, dims in allocate_among([pairs.ways(budget.unit) for pairs in candidates], limit, budget.unit)]
 
 
 def _above(pairs: Prefixes, threshold: float) -> tuple[int, ...]:

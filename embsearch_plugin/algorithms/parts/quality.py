@@ -17,14 +17,14 @@ Quality = Callable[[Tensor, Tensor], float | Tensor]  # (logits, labels) of some
 def auc(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the share of pairs of a positive and a negative that are ordered rightly, equal ones counting half.
 
-    NaN where there are no such pairs. Labels above one half are positive.
+    NaN where there are no such pairs.
 
     Raises:
-        QualityError: where there is not one logit and one label for each example.
+        QualityError: where there is not one logit and one label for each example, or labels are not those of two classes.
     """
     if logits.dim() != 1 or logits.shape != labels.shape:
         raise QualityError(_wrong_shape("auc", "a logit and a label for each example, (B,) both", logits, labels))
-    positive = labels > 0.5
+    positive = _positive(labels)
     negatives, positives = logits[~positive].float().sort().values, logits[positive].float()
     below, at_most = (torch.searchsorted(negatives, positives, side=side) for side in ("left", "right"))
     return (below + at_most).double().mean() / (2 * negatives.numel())
@@ -32,8 +32,20 @@ def auc(logits: Tensor, labels: Tensor) -> Tensor:
 
 def one_class(labels: Tensor) -> bool:
     """Return whether labels are all positive, or all negative, so that there is no AUC."""
-    positive = labels > 0.5
+    positive = _positive(labels)
     return bool(positive.all()) or not bool(positive.any())
+
+
+def _positive(labels: Tensor) -> Tensor:
+    """Return which labels, from 0 to 1, are above one half."""
+    odd = labels[~((labels >= 0) & (labels <= 1))]  # NaN is neither
+    if odd.numel():
+        raise QualityError(
+            f"the quality 'auc' needs labels from 0 to 1, positive above one half; got {float(odd.flatten()[0])}.\n  Possible "
+            "solutions: 1) quality='mse' for ratings  2) a function of your own, (logits, labels) -> a number  3) look for NaN "
+            "in the labels."
+        )
+    return labels > 0.5
 
 
 def recall(n: int, logits: Tensor, labels: Tensor) -> Tensor:
