@@ -206,7 +206,13 @@ class _Knapsack:
         status: int = found.status
         if status == 1:
             log.warning("the allocation within %s is the best that was found in %d s, not proven", f"{limit:,}", TIME_LIMIT)
-        return np.asarray(found.x > 0.5)
+        chosen: _Chosen = np.asarray(found.x > 0.5)
+        if any(np.min(slack) < 0 for c in self.constraints for slack in c.residual(chosen.astype(np.float64))):
+            raise AllocationError(
+                f"the solver's choice within {limit:,} breaks its constraints.\n  Possible solutions: 1) another version of "
+                "scipy  2) another budget."
+            )
+        return chosen
 
     def forbid(self, chosen: _Chosen) -> None:
         """Never return this choice again."""

@@ -4,7 +4,9 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise, product
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -139,6 +141,13 @@ def test_the_cheapest_of_equal_worth_is_taken() -> None:
 
 def test_a_limit_above_everything_takes_the_best() -> None:
     assert allocate([table("a", 3, (0, 1, 2))], 10**40) == [(8,)]
+
+
+def test_a_solver_that_is_wrong_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    solved = SimpleNamespace(x=np.ones(2), status=0, message="optimal")
+    monkeypatch.setattr("embsearch_plugin.knapsack.milp", lambda *args, **more: solved)
+    with pytest.raises(AllocationError, match="the solver's choice within 40 breaks its constraints"):
+        allocate([TableOptions("a", (Option(0, 0, 0.0), Option(4, 40, 1.0)))], 80)
 
 
 def test_blocks_are_stored_one_by_one_only_where_that_pays() -> None:
