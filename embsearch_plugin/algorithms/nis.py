@@ -18,7 +18,7 @@ Differences from the paper:
       steps has doubled; the paper sorts the vocabulary once, by the whole log (3.1, A.1.1), which is ``frequencies=``. What an
       arm keeps changes a little with the ranks.
     * A controller step runs the model in the mode that it is in, that of training: its dropout draws, and batch norm has the
-      statistics of all groups of the batch together. The paper's models have neither.
+      statistics of all groups of the batch together. The paper mentions neither.
     * C and B are bytes or parameters, as the session's budget is. C is the blocks' weights alone, as there. A derived plan
       pays for projections and remaps too; a table that is kept whole is stored projected, and has no projection.
     * Advantage actor-critic in step: A3C without its asynchronous workers. Processes that train together average their

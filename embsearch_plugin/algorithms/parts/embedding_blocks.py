@@ -87,7 +87,9 @@ class EmbeddingBlocks:
         last, size = arms.shape[1] - 1, unit.weights(self.spec, self.spec.n_params)
         ends = Option(0, 0, float(worth[:, 0].sum())), Option(last, size, float(worth[:, last].sum()))
         rows = torch.tensor([0, *accumulate(self.rows)])[arms]
-        unmapped = [((rows == 0) | (rows == self.spec.rows)).all(-1), (arms <= in_order).all(-1)]
+        unmapped = [((rows == 0) | (rows == self.spec.rows)).all(-1)]
+        if in_order:
+            unmapped.append((arms <= in_order).all(-1))
         ways = [TableOptions(str(self.spec), ends)]
         for free in unmapped:
             kept = zip(options, free.tolist(), strict=True)
